@@ -1,0 +1,416 @@
+"""Blockwise 4-bit quantization: a weight becomes half a byte and a share of a scale.
+
+How a tensor is stored, in five steps:
+
+1. Flatten it and cut it into blocks of `blocksize` (64) consecutive weights; the last block may be
+   shorter. Blocks run over the flattened tensor, not along rows.
+2. Keep each block's largest magnitude, `absmax`: its scale.
+3. Multiply the block by 1/absmax: now it lies in [-1, 1] and its largest weight at an end.
+4. Replace every weight by the index of the nearest value of a 16-entry codebook (`codebooks`).
+5. Pack two indices into a byte, the first in the high half.
+
+Going back is a look-up and a multiplication: `codebook[index] * absmax`. The weight with the
+largest magnitude comes back exactly; every other one with an error.
+
+The choice made here: the bytes equal those of bitsandbytes on a CPU, on every device, so that a
+reader can hold them side by side. That fixes what is otherwise a matter of taste: a tie goes to
+the lower code; full blocks are *multiplied* by the rounded reciprocal, but the short last block is
+*divided* by its absmax; magnitudes below 1e-38 are scaled as if they were 1e-38; an odd number of
+weights is padded with one weight of 0. One thing differs on purpose: bitsandbytes takes NaN and
+infinity, and stores garbage for the other weights of that block (a NaN makes every code of the
+block the top one and the scale NaN, an infinity makes the others NaN); this module refuses them.
+
+The steps stand below as they are read. Tensors of a million weights and more take the same
+arithmetic compiled (`_kernels`), about ten times faster, whenever a compiler is there.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_lab import codebooks
+from qlora_lab.double_quant import QuantizedAbsmax, dequantize_absmax, quantize_absmax
+from qlora_lab.errors import InputError
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TINY = 1e-38  # the smallest magnitude a block is scaled by, so that no reciprocal overflows
+_CHUNK = 2**18  # weights handled at a time: what fits a core's cache; a multiple of any blocksize
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A tensor in 4 bits a weight, with all that is needed to restore it.
+
+    Attributes:
+        packed: uint8, shape (ceil(weights / 2),), two codes a byte, the first in the high half.
+        absmax: the blocks' scales: float32 of shape (ceil(weights / blocksize),), or a
+            `QuantizedAbsmax` holding the same in 8 bits.
+        shape: the shape of the original tensor.
+        dtype: the dtype of the original tensor, and of what `dequantize_4bit` returns by default.
+        blocksize: weights per scale.
+        codebook: a name that `codebooks.codebook` knows, or the values themselves, ascending.
+    """
+
+    packed: Tensor
+    absmax: Tensor | QuantizedAbsmax
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+    codebook: str | tuple[float, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: packed codes and scales (not the codebook, which all tensors share)."""
+        return self.packed.nbytes + self.absmax.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits held per weight: 4.5 at block size 64, 4.127 with double quantization."""
+        return 8 * self.nbytes / self.shape.numel()
+
+    def scales(self) -> Tensor:
+        """Return the blocks' scales as float32, shape (blocks,), whichever way they are stored."""
+        if isinstance(self.absmax, QuantizedAbsmax):
+            return dequantize_absmax(self.absmax)
+        return self.absmax
+
+    def codes(self) -> Tensor:
+        """Return the codes one a byte: uint8 of the original shape, values 0 to 15."""
+        return unpack(self.packed, self.shape.numel()).view(self.shape)
+
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        """Return the same tensor on `device`."""
+        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file.
+
+        Args:
+            path: the file to write, by custom ending in `.safetensors`.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {"packed": self.packed}
+        header = {
+            "format": "qlora_lab.QuantizedTensor/1",
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "blocksize": self.blocksize,
+            "codebook": self.codebook,
+        }
+        if isinstance(self.absmax, QuantizedAbsmax):
+            tensors |= {
+                "absmax_codes": self.absmax.codes,
+                "absmax2": self.absmax.absmax2,
+                "offset": self.absmax.offset,
+            }
+            header["absmax_blocksize"] = self.absmax.blocksize
+        else:
+            tensors["absmax"] = self.absmax
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, str(path), metadata={"quantized_tensor": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "QuantizedTensor":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            device: where to put the tensors.
+
+        Returns:
+            A tensor equal to the saved one in every byte.
+
+        Raises:
+            InputError: if the file was not written by `QuantizedTensor.save`.
+        """
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if "quantized_tensor" not in metadata:
+                raise InputError(f"{path} was not written by QuantizedTensor.save")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = json.loads(metadata["quantized_tensor"])
+        name = header["codebook"]
+        absmax = tensors.get("absmax")
+        if absmax is None:
+            absmax = QuantizedAbsmax(
+                tensors["absmax_codes"],
+                tensors["absmax2"],
+                tensors["offset"],
+                header["absmax_blocksize"],
+            )
+        return cls(
+            packed=tensors["packed"],
+            absmax=absmax,
+            shape=torch.Size(header["shape"]),
+            dtype=getattr(torch, header["dtype"]),
+            blocksize=header["blocksize"],
+            codebook=name if isinstance(name, str) else tuple(name),
+        )
+
+    def __repr__(self) -> str:
+        name = self.codebook if isinstance(self.codebook, str) else f"{len(self.codebook)} values"
+        scales = "8-bit" if isinstance(self.absmax, QuantizedAbsmax) else "fp32"
+        size = "x".join(str(n) for n in self.shape) or "scalar"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"QuantizedTensor({size} {dtype}, {name}, blocksize {self.blocksize}, {scales} scales: "
+            f"{self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits a weight, {self.device})"
+        )
+
+
+def quantize_4bit(
+    weight: Tensor,
+    blocksize: int = 64,
+    codebook: str | Sequence[float] = "nf4",
+    double_quant: bool = False,
+) -> QuantizedTensor:
+    """Quantize a tensor to 4 bits a weight, equal to bitsandbytes byte for byte.
+
+    With `double_quant` the scales are rounded to the nearest 8-bit value; bitsandbytes rounds
+    about one in 600 of them differently (see `double_quant`, and `bnb_compat` for its bytes).
+
+    Args:
+        weight: float32, float16 or bfloat16, any non-empty shape, all values finite.
+        blocksize: weights per scale: a power of two from 32 to 4096.
+        codebook: "nf4", "fp4" or another name of at most 4 bits that `codebooks.codebook` knows,
+            or 2 to 16 ascending values within [-1, 1].
+        double_quant: store the scales in 8 bits.
+
+    Returns:
+        A `QuantizedTensor` on the weight's device.
+
+    Raises:
+        InputError: if the weight is empty, of another dtype, or holds NaN or infinity (where
+            bitsandbytes would store a poisoned block); if the block size or codebook is not one
+            of the above.
+
+    Source:
+        Dettmers et al., "QLoRA", section 2, equation 1 and section 3;
+        `bitsandbytes.functional.quantize_4bit`.
+    """
+    name, values = _resolve(codebook, most=16)
+    _check(weight, blocksize)
+    flat = weight.detach().reshape(-1)
+    packed, absmax = _quantize_flat(flat, blocksize, values)
+    if not torch.isfinite(absmax).all():
+        raise InputError("weight holds NaN or infinity: one such value ruins its block; clean it")
+    scales = quantize_absmax(absmax) if double_quant else absmax
+    return QuantizedTensor(packed, scales, weight.shape, weight.dtype, blocksize, name)
+
+
+def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Restore a tensor: look every code up and multiply by its block's scale, in float32.
+
+    Args:
+        quantized: what `quantize_4bit` returned.
+        dtype: float32, float16 or bfloat16; the original's by default. The product is rounded to
+            it once.
+
+    Returns:
+        A tensor of the original shape, on the same device.
+
+    Raises:
+        InputError: if `dtype` is none of these three.
+
+    Source:
+        Dettmers et al., "QLoRA", section 2, equation 2 and section 3, equation 6.
+    """
+    dtype = quantized.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype}: dequantize to float32, float16 or bfloat16")
+    _, values = _resolve(quantized.codebook, most=16)
+    weights = quantized.shape.numel()
+    flat = _dequantize_flat(
+        quantized.packed, quantized.scales(), quantized.blocksize, values, weights, dtype
+    )
+    return flat.view(quantized.shape)
+
+
+def fake_quantize(
+    weight: Tensor, blocksize: int | None = 64, codebook: str | Sequence[float] = "nf4"
+) -> Tensor:
+    """Quantize and restore at once, with a codebook of any size from 2 to 256 values.
+
+    For comparing formats: 2, 3 or 5 bits have no packing here, but their error can be measured.
+
+    Args:
+        weight: float32, float16 or bfloat16, any non-empty shape, all values finite.
+        blocksize: weights per scale, a power of two from 32 to 4096; None for one scale for the
+            whole tensor.
+        codebook: a name that `codebooks.codebook` knows, or 2 to 256 ascending values in [-1, 1].
+
+    Returns:
+        A tensor of the same shape, dtype and device, each value one of the codebook's times its
+        block's largest magnitude.
+
+    Raises:
+        InputError: as `quantize_4bit`.
+    """
+    _, values = _resolve(codebook, most=256)
+    _check(weight, blocksize if blocksize is not None else BLOCKSIZES[0])
+    flat = weight.detach().reshape(-1)
+    size = flat.numel() if blocksize is None else blocksize
+    codes, absmax = quantize_codes(flat, size, values)
+    if not torch.isfinite(absmax).all():
+        raise InputError("weight holds NaN or infinity: one such value ruins its block; clean it")
+    levels = _tensor(tuple(sorted(values)), weight.device)
+    restored = levels[codes.int()] * absmax.repeat_interleave(size)[: flat.numel()]
+    return restored.to(weight.dtype).view(weight.shape)
+
+
+def quantize_codes(flat: Tensor, blocksize: int, values: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Find each weight's nearest codebook value: steps 2 to 4, readable.
+
+    Args:
+        flat: floating point, shape (weights,).
+        blocksize: weights per scale.
+        values: 2 to 256 codebook values, in any order.
+
+    Returns:
+        The codes, uint8 of shape (weights,), as indices into the *sorted* values; the scales,
+        float32 of shape (ceil(weights / blocksize),).
+    """
+    flat = flat.float()
+    full = flat.numel() // blocksize * blocksize
+    blocks, rest = flat[:full].view(-1, blocksize), flat[full:]
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).view(-1)
+    if rest.numel():
+        last = rest.abs().amax(dim=0, keepdim=True).clamp(min=TINY)
+        absmax = torch.cat([absmax, last])
+        # Divided, where the full blocks are multiplied: bitsandbytes does so, and at a midpoint
+        # the reciprocal's rounding error decides between two codes.
+        scaled = torch.cat([scaled, rest / last])
+    borders = _tensor(codebooks.midpoints(values), flat.device)
+    # bucketize counts the borders strictly below a value, so a tie takes the lower code.
+    return torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8), absmax
+
+
+def pack(codes: Tensor, pad: int = 7) -> Tensor:
+    """Put two 4-bit codes into each byte, the first in the high half.
+
+    Args:
+        codes: uint8, shape (weights,), values 0 to 15.
+        pad: the code that fills the last low half if the number of codes is odd: 7 is NF4's zero.
+
+    Returns:
+        uint8, shape (ceil(weights / 2),).
+
+    Raises:
+        InputError: if `codes` is not a uint8 vector.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() != 1:
+        raise InputError(
+            f"codes are {codes.dtype} of {codes.dim()} dimensions: give a uint8 vector"
+        )
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=pad)
+    return codes[::2] << 4 | codes[1::2]
+
+
+def unpack(packed: Tensor, weights: int) -> Tensor:
+    """Take the 4-bit codes out of their bytes.
+
+    Args:
+        packed: uint8, shape (ceil(weights / 2),).
+        weights: how many codes there are; an odd number drops the padding.
+
+    Returns:
+        uint8, shape (weights,), values 0 to 15.
+
+    Raises:
+        InputError: if that many codes do not fill that many bytes.
+    """
+    if packed.numel() != (weights + 1) // 2:
+        raise InputError(f"{packed.numel()} bytes hold {2 * packed.numel()} codes, not {weights}")
+    return torch.stack([packed >> 4, packed & 15], dim=-1).view(-1)[:weights]
+
+
+def _quantize_flat(
+    flat: Tensor, blocksize: int, values: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Quantize and pack a flat tensor, chunk by chunk."""
+    zero = sum(border < 0 for border in codebooks.midpoints(values))  # the code that 0 gets
+    packed, absmax = [], []
+    for chunk in flat.split(_CHUNK):  # starts at a multiple of any blocksize: no block is cut
+        codes, scales = quantize_codes(chunk, blocksize, values)
+        packed.append(pack(codes, pad=zero))
+        absmax.append(scales)
+    return _relabel(torch.cat(packed), values), torch.cat(absmax)
+
+
+def _dequantize_flat(
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    values: tuple[float, ...],
+    weights: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Restore a flat tensor, chunk by chunk."""
+    levels = _tensor(values, packed.device)
+    out = torch.empty(weights, dtype=dtype, device=packed.device)
+    for start in range(0, weights, _CHUNK):
+        piece = out[start : start + _CHUNK]
+        codes = unpack(packed[start // 2 : (start + _CHUNK) // 2], piece.numel())
+        first = start // blocksize
+        scale = absmax[first : first + _CHUNK // blocksize].repeat_interleave(blocksize)
+        piece.copy_(levels[codes.int()] * scale[: piece.numel()])
+    return out
+
+
+def _relabel(packed: Tensor, values: tuple[float, ...]) -> Tensor:
+    """Turn indices into the sorted codebook into codes, where the two differ (FP4).
+
+    All bytes at once: a 256-entry table holds both halves' new codes.
+    """
+    order = sorted(range(len(values)), key=lambda code: values[code])
+    if order == list(range(len(values))):
+        return packed
+    order += [0] * (16 - len(order))
+    table = [order[byte >> 4] << 4 | order[byte & 15] for byte in range(256)]
+    return torch.tensor(table, dtype=torch.uint8, device=packed.device)[packed.int()]
+
+
+def _resolve(
+    codebook: str | Sequence[float], most: int
+) -> tuple[str | tuple[float, ...], tuple[float, ...]]:
+    """Return what to remember of a codebook (its name if it has one) and its values."""
+    if isinstance(codebook, str):
+        name, values = codebook, codebooks.codebook(codebook)
+    else:
+        name = values = tuple(float(value) for value in codebook)
+        ascending = all(low < high for low, high in zip(values, values[1:], strict=False))
+        if len(values) < 2 or not ascending or values[0] < -1 or values[-1] > 1:
+            raise InputError("codebook values must be two or more, ascending, and within [-1, 1]")
+    if len(values) > most:
+        raise InputError(f"the codebook has {len(values)} values: at most {most} fit here")
+    return name, values
+
+
+def _check(weight: Tensor, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise InputError(f"blocksize={blocksize!r}: use a power of two from 32 to 4096")
+    if weight.dtype not in DTYPES:
+        raise InputError(f"weight is {weight.dtype}: quantize float32, float16 or bfloat16")
+    if weight.numel() == 0:
+        raise InputError(f"weight of shape {tuple(weight.shape)} is empty: nothing to quantize")
+
+
+@lru_cache(maxsize=64)
+def _tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)

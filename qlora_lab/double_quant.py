@@ -1,0 +1,137 @@
+"""Double quantization: the scales of 4-bit blocks are themselves stored in 8 bits.
+
+Blocks of 64 weights need one 32-bit scale each: half a bit a weight, an eighth of the whole cost.
+The scales of one tensor lie close together, far from zero, so:
+
+1. subtract their mean, so that what is left is spread around zero;
+2. cut it into blocks of 256 and divide each by its largest magnitude;
+3. store the nearest of the 256 values of the dynamic map, one byte a scale.
+
+What remains is 8 bits a scale plus one 32-bit number for 256 scales: 8/64 + 32/(64*256) = 0.127
+bits a weight instead of 0.5, and the weights' error grows by about a thousandth.
+
+The choice made here: round to the nearest value, which is what the words above say. bitsandbytes'
+CPU kernel rounds through a table and lands up to three codes away for about one scale in 600; the
+module `bnb_compat` reproduces that, for the tests that compare bytes, and nothing else needs it.
+
+This module knows only vectors of scales, not weights; `blockwise` calls it.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qlora_lab.codebooks import dynamic_map, midpoints
+from qlora_lab.errors import InputError
+
+BLOCKSIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedAbsmax:
+    """Scales in 8 bits: `dynamic_map[codes] * absmax2 + offset`, `absmax2` one for each block.
+
+    Attributes:
+        codes: uint8, shape (scales,), indices into `codebooks.dynamic_map()`.
+        absmax2: float32, shape (ceil(scales / blocksize),), the scales' scales.
+        offset: float32, shape (), the mean of the original scales.
+        blocksize: scales per entry of `absmax2`.
+    """
+
+    codes: Tensor
+    absmax2: Tensor
+    offset: Tensor
+    blocksize: int = BLOCKSIZE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors together."""
+        return self.codes.nbytes + self.absmax2.nbytes + self.offset.nbytes
+
+    def to(self, device: torch.device | str) -> "QuantizedAbsmax":
+        """Return the same scales on `device`."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            absmax2=self.absmax2.to(device),
+            offset=self.offset.to(device),
+        )
+
+
+def quantize_absmax(absmax: Tensor, blocksize: int = BLOCKSIZE) -> QuantizedAbsmax:
+    """Quantize a tensor's block scales to 8 bits, rounding to the nearest value.
+
+    Args:
+        absmax: float32, shape (scales,), finite: the largest magnitude of each block of weights.
+        blocksize: scales per second-level scale, 1 or more.
+
+    Returns:
+        A `QuantizedAbsmax` of `scales` bytes, `ceil(scales / blocksize)` floats and an offset.
+
+    Raises:
+        InputError: if `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
+
+    Source:
+        Dettmers et al., "QLoRA", section 3, Double Quantization.
+    """
+    offset, absmax2, scaled = center_and_scale(absmax, blocksize)
+    codes = torch.bucketize(scaled, _borders(absmax.device), out_int32=True).to(torch.uint8)
+    return QuantizedAbsmax(codes, absmax2, offset, blocksize)
+
+
+def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
+    """Restore block scales from their 8 bits.
+
+    Args:
+        quantized: what `quantize_absmax` returned, with `scales` codes.
+
+    Returns:
+        float32, shape (scales,).
+    """
+    values = map_tensor(quantized.codes.device)[quantized.codes.int()]
+    second = quantized.absmax2.repeat_interleave(quantized.blocksize)[: len(values)]
+    return values * second + quantized.offset
+
+
+def center_and_scale(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the mean and divide each block by its largest magnitude: steps 1 and 2.
+
+    Args:
+        absmax: float32, shape (scales,), finite.
+        blocksize: scales per block, 1 or more.
+
+    Returns:
+        The offset, shape (); the second-level scales, shape (ceil(scales / blocksize),); and the
+        scaled values in [-1, 1], shape (scales,), zero in a block that is all zero.
+
+    Raises:
+        InputError: if `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
+    """
+    if absmax.dim() != 1 or absmax.numel() == 0:
+        raise InputError(f"absmax has shape {tuple(absmax.shape)}: it must be a non-empty vector")
+    if blocksize < 1:
+        raise InputError(f"blocksize={blocksize!r}: scales are quantized in blocks of 1 or more")
+    offset = absmax.mean()
+    if not torch.isfinite(offset):
+        raise InputError("absmax holds NaN, infinity, or values whose mean overflows float32")
+    centered = absmax - offset
+    scales = len(centered)
+    padded = torch.nn.functional.pad(centered, (0, -scales % blocksize)).view(-1, blocksize)
+    absmax2 = padded.abs().amax(dim=1)
+    # A block of zeros (a tensor with a single scale always is one) would divide 0 by 0.
+    reciprocal = torch.where(absmax2 > 0, 1 / absmax2, 0.0)
+    scaled = (padded * reciprocal[:, None]).clamp(-1, 1)
+    return offset, absmax2, scaled.view(-1)[:scales]
+
+
+@lru_cache(maxsize=8)
+def map_tensor(device: torch.device) -> Tensor:
+    """Return the dynamic map as a float32 tensor of shape (256,) on `device`."""
+    return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=8)
+def _borders(device: torch.device) -> Tensor:
+    return torch.tensor(midpoints(dynamic_map()), dtype=torch.float32, device=device)
