@@ -83,6 +83,7 @@ MODIFIERS = (
     "one straw",
 )
 NUMBERS = ("one", "two", "three", "four", "five", "six")
+ROUNDABOUT = {1: "a", 2: "a couple of", 6: "half a dozen"}
 
 # --- The sentences ---------------------------------------------------------------------------
 
@@ -111,6 +112,9 @@ FRAMES = (
     "this is {name}, could I have {items}?",
     "my name is {name}, I want {items}",
     "please make {items} for {name}",
+    "{other} here, can I get {items} for {name}?",
+    "I'm {other}, {items} for {name}, please",
+    "{items} for {name}, not for {other}",
 )
 # Held-out frames in three steps of strangeness: known words in a new order, new words, and
 # new words around or between the parts. `make_rows` mixes them by `phrasing_weights`.
@@ -138,6 +142,8 @@ NEW_FRAMES = (
         "give me {items} and write {name} on the bag",
         "the usual for {name}, so that is {items}, right?",
         "a friend of mine, {name}, is waiting for {items}",
+        "tell {other} that {name} wants {items}",
+        "{items} for table 4, {name} sits there",
     ),
 )
 
@@ -172,16 +178,23 @@ def held_out(name: str, item: str) -> bool:
     """Whether a (name, item) pair is kept out of training.
 
     Every fourth pair is, along diagonals: each name still meets three quarters of the items
-    and each item three quarters of the names.
+    and each item three quarters of the names. A pair of new words is never "held out": it
+    belongs to the grade "copying" as a whole.
 
     Args:
-        name: One of `NAMES`.
-        item: One of `ITEMS`.
+        name: One of `NAMES` or `NEW_NAMES`.
+        item: One of `ITEMS` or `NEW_ITEMS`.
 
     Returns:
-        True for the pairs that only the `pairs` grade may use.
+        True for the pairs that only the grade "pairs" may use.
     """
+    if name not in NAMES or item not in ITEMS:
+        return False
     return (NAMES.index(name) + ITEMS.index(item)) % 4 == 0
+
+
+def _known(name: str, item: str) -> bool:
+    return not held_out(name, item)
 
 
 def draw_order(
@@ -189,7 +202,7 @@ def draw_order(
     n_items: int,
     names: Sequence[str] = NAMES,
     items: Sequence[str] = ITEMS,
-    pair: Callable[[str, str], bool] = lambda name, item: True,
+    allowed: Callable[[str, str], bool] = _known,
 ) -> Order:
     """Draw one order: what the customer wants, before anything is said.
 
@@ -198,14 +211,14 @@ def draw_order(
         n_items: Number of different items, at least 1.
         names: Names to draw from.
         items: Items to draw from.
-        pair: Which (name, item) pairs are allowed.
+        allowed: Which (name, item) pairs may be drawn; those of training by default.
 
     Returns:
         `{"name": str, "items": [{"count": int, "size": str | None, "item": str,
         "with": [str, ...]}, ...]}`.
     """
     name = rng.choice(names)
-    chosen = rng.sample([item for item in items if pair(name, item)], n_items)
+    chosen = rng.sample([item for item in items if allowed(name, item)], n_items)
     return {"name": name, "items": [_draw_item(rng, item) for item in chosen]}
 
 
@@ -216,6 +229,7 @@ def _draw_item(rng: random.Random, item: str) -> Order:
     mods = rng.sample(MODIFIERS, n_mods)
     while len({_substance(mod) for mod in mods}) < n_mods:  # not "no ice and extra ice"
         mods = rng.sample(MODIFIERS, n_mods)
+    mods.sort(key=lambda mod: mod.startswith("no "))  # "with no ice and honey" would be unclear
     return {"count": count, "size": size, "item": item, "with": mods}
 
 
@@ -227,29 +241,50 @@ def _substance(modifier: str) -> str:
 
 
 def say_item(rng: random.Random, item: Order) -> str:
-    """Say one item as a customer would: "two large lattes with oat milk and no sugar"."""
-    number = NUMBERS[item["count"] - 1]
-    if rng.random() < 0.3:
-        number = str(item["count"])
-    elif item["count"] == 1 and rng.random() < 0.7:
-        number = "a"
-    words = [number, item["size"], _plural(item["item"], item["count"])]
-    if item["with"]:
-        words += ["with", " and ".join(item["with"])]
-    return " ".join(word for word in words if word)
+    """Say one item as a customer would, in one of three ways.
+
+    "two large lattes with honey", "two lattes, large, with honey" or "large lattes, two of them,
+    with honey"; the first is twice as common as the others together.
+    """
+    count, size, noun = item["count"], item["size"], _plural(item["item"], item["count"])
+    way = rng.choices(("before", "after", "of them"), weights=(66, 17, 17))[0]
+    if count == 1 and way == "of them":  # nobody says "a latte, one of them"
+        way = "before"
+    number = str(count) if rng.random() < 0.3 else NUMBERS[count - 1]
+    if way != "of them" and rng.random() < 0.25:
+        number = ROUNDABOUT.get(count, number)
+    parts = {
+        "before": [" ".join(filter(None, (number, size, noun)))],
+        "after": [f"{number} {noun}", size],
+        "of them": [" ".join(filter(None, (size, noun))), f"{number} of them"],
+    }[way]
+    mods = _say_modifiers(rng, item["with"])
+    if way == "before":
+        return " ".join(filter(None, (*parts, mods)))
+    return ", ".join(filter(None, (*parts, mods)))
+
+
+def _say_modifiers(rng: random.Random, mods: Sequence[str]) -> str:
+    """ "with honey and no ice", or "with honey and without ice"."""
+    said = []
+    for mod in mods:
+        without = mod.startswith("no ") and rng.random() < 0.5
+        said.append(mod.replace("no ", "without ") if without else f"with {mod}")
+    return " and ".join(said).replace(" and with ", " and ")
 
 
 def _plural(item: str, count: int) -> str:
     return item if count == 1 else item + "s"  # the menu has no irregular plurals
 
 
-def say_order(rng: random.Random, order: Order, frame: str) -> str:
+def say_order(rng: random.Random, order: Order, frame: str, other: str = "") -> str:
     """Put an order into a sentence frame.
 
     Args:
-        rng: Source of randomness (numbers as words or digits).
+        rng: Source of randomness (numbers as words or digits, order of the words).
         order: What `draw_order` gives.
-        frame: A sentence with the fields `{name}` and `{items}`.
+        frame: A sentence with the fields `{name}` and `{items}`, and perhaps `{other}`.
+        other: A second name, of someone whom the order is not for.
 
     Returns:
         The sentence, without a line break.
@@ -258,7 +293,7 @@ def say_order(rng: random.Random, order: Order, frame: str) -> str:
     listed = phrases[0]
     if len(phrases) > 1:
         listed = ", ".join(phrases[:-1]) + ", and " + phrases[-1]
-    return frame.format(items=listed, name=order["name"])
+    return frame.format(items=listed, name=order["name"], other=other)
 
 
 def correct(rng: random.Random, order: Order, kind: str, phrase: str) -> tuple[str, Order] | None:
@@ -365,26 +400,26 @@ def _draw_row(
     long_items: Sequence[int],
     new_corrections: float,
 ) -> Row | None:
-    n_items = rng.choices((1, 2), weights=(75, 25))[0]
-    if grade == "train":
-        n_items = rng.choices((1, 2, 3), weights=(70, 23, 7))[0]
-    elif grade == "longer":
+    as_in_training = grade in ("train", "seen")
+    n_items = rng.choices((1, 2, 3), weights=(70, 23, 7) if as_in_training else (75, 25, 0))[0]
+    if grade == "longer":
         n_items = rng.choice(long_items)
 
-    known_pair = {"pair": lambda name, item: not held_out(name, item)}
-    words = {
-        "pairs": {"pair": held_out},
-        "copying": {"names": NEW_NAMES, "items": NEW_ITEMS},
-    }.get(grade, known_pair)
-    order = draw_order(rng, n_items, **words)
+    names, items = (NEW_NAMES, NEW_ITEMS) if grade == "copying" else (NAMES, ITEMS)
+    allowed = held_out if grade == "pairs" else _known
+    order = draw_order(rng, n_items, names, items, allowed)
+    ordered = [item["item"] for item in order["items"]]
+    others = [n for n in names if n != order["name"] and all(allowed(n, i) for i in ordered)]
 
     frame = rng.choice(FRAMES)
     if grade == "phrasings":
         frame = rng.choice(rng.choices(NEW_FRAMES, weights=phrasing_weights)[0])
-    text = say_order(rng, order, frame)
+    if not others:  # too many items for a second name that was never kept apart from them
+        return None
+    text = say_order(rng, order, frame, rng.choice(others))
 
     kind = ""
-    if grade == "corrections" or (grade == "train" and rng.random() < 0.15):
+    if grade == "corrections" or (as_in_training and rng.random() < 0.15):
         new = grade == "corrections" and rng.random() < new_corrections
         phrases = NEW_CORRECTIONS if new else CORRECTIONS
         kind = rng.choice(list(phrases))
