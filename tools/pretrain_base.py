@@ -30,7 +30,7 @@ import pickle
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -331,7 +331,7 @@ def export(model, tokenizer, report, args, step: int, seconds: float) -> None:
     training = {
         "command": "python tools/pretrain_base.py " + " ".join(sys.argv[1:]),
         "commit": _git("rev-parse", "HEAD"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": args.device,
         "seed": args.seed,
         "steps": step,
