@@ -452,15 +452,25 @@ def make_splits(
     Returns:
         The splits "train", "validation" and one per grade.
     """
-    splits: dict[str, list[Row]] = {}
-    tests: list[Row] = []
-    for grade in GRADES:  # the tests first: training then has to avoid them
-        splits[grade] = make_rows(grade, test, seed, avoid=tests)
-        tests += splits[grade]
-    validation_rows = make_rows("train", validation, seed + 1, avoid=tests)
-    splits["validation"] = [row | {"grade": "validation"} for row in validation_rows]
-    splits["train"] = make_rows("train", train, seed, avoid=tests + splits["validation"])
+    splits = {"train": make_rows("train", train, seed)}
+    taken = list(splits["train"])
+    met = {pair for row in taken for pair in pairs(row)}
+    drawn = make_rows("train", validation, seed + 1, avoid=taken)
+    splits["validation"] = [row | {"grade": "validation"} for row in drawn]
+    taken += splits["validation"]
+    for grade in GRADES:
+        # A known pair that training happens not to draw is not known: leave its rows out.
+        drawn = make_rows(grade, 2 * test, seed, avoid=taken)
+        known = grade not in ("pairs", "copying")
+        splits[grade] = [row for row in drawn if not known or pairs(row) <= met][:test]
+        taken += splits[grade]
     return splits
+
+
+def pairs(row: Row) -> set[tuple[str, str]]:
+    """The (name, item) pairs of a row's answer."""
+    order = json.loads(row["answer"])
+    return {(order["name"], item["item"]) for item in order["items"]}
 
 
 # --- The other tasks -------------------------------------------------------------------------
