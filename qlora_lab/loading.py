@@ -1,0 +1,320 @@
+"""Load a model in 4, 8 or 16 bits: the one place where every 4-bit model of the course is made.
+
+In four steps: decide the dtype of the computation and say why (`choose_dtype`), load with
+transformers' own `from_pretrained`, put the guards on (`guard`), count what it weighs (`Report`).
+
+The dtype decision is short. CUDA with native bfloat16 computes in bfloat16. An older card (the
+T4 of a free notebook) computes in float16 with loss scaling, because it would only emulate
+bfloat16. A CPU computes in float32: most have no 16-bit arithmetic, and the 16-bit values of a
+checkpoint fit into float32 exactly.
+
+The guards are needed because three faults of bitsandbytes 0.50 on CPUs are silent:
+
+* After one evaluation forward on a CPU with AVX512-BF16 a 4-bit layer repacks its bytes. In later
+  training no gradient passes through it, and a merge reads the repacked bytes as NF4. Switching
+  `support_avx512bf16_for_cpu` off on each layer, right after loading, avoids the repack.
+* The CPU kernel indexes scales by row: a layer whose width is no multiple of the block size
+  dequantizes to wrong values. Such a model is refused.
+* Double-quantized scales are rounded through a table (see `qlora_lab.bnb_compat`): harmless.
+
+Loading elsewhere and guarding later would be one forward pass too late, hence one place.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from qlora_lab import embedded_model
+from qlora_lab.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BITS = (4, 8, 16)
+# Padding must be a token that is neither the end nor ever a target. Checkpoints without a
+# padding token reserve such tokens under these names.
+SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was loaded, and why so.
+
+    Attributes:
+        name: Hub name or folder.
+        bits: 4, 8 or 16.
+        scheme: Such as "NF4, blocks of 64, double quantization".
+        device: "cpu" or "cuda".
+        compute_dtype: What matrix products are computed in.
+        reason: Why that dtype.
+        parameters: Number of weights, packed ones counted unpacked.
+        weight_bytes: Bytes of all parameters and buffers as stored.
+        constant_bytes: Bytes of the quantization constants, which `get_memory_footprint` omits.
+        guarded: Number of 4-bit layers whose CPU repacking was switched off.
+    """
+
+    name: str
+    bits: int
+    scheme: str
+    device: str
+    compute_dtype: torch.dtype
+    reason: str
+    parameters: int
+    weight_bytes: int
+    constant_bytes: int
+    guarded: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and quantization constants together, in bytes."""
+        return self.weight_bytes + self.constant_bytes
+
+    def __str__(self) -> str:
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        lines = [
+            f"{Path(self.name).name}: {self.parameters:,} parameters in {self.scheme}",
+            f"  computes in {dtype}: {self.reason}",
+            f"  {self.total_bytes / 1e6:,.2f} MB on {self.device}, "
+            f"{self.constant_bytes / 1e6:,.2f} MB of it quantization constants",
+        ]
+        if self.guarded:
+            lines.append(f"  {self.guarded} layers guarded against the CPU's silent repacking")
+        return "\n".join(lines)
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the report of how it was loaded."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    report: Report
+
+
+def choose_dtype(device: str) -> tuple[torch.dtype, str]:
+    """Decide what to compute in, in one place for the whole course.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The dtype, and the reason in words.
+    """
+    if device == "cpu":
+        return torch.float32, "a CPU; 16-bit checkpoint values are exact in float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU has native bfloat16, with float32's range"
+    return torch.float16, "no native bfloat16 here; float16 needs loss scaling, which is set"
+
+
+def default_device() -> str:
+    """ "cuda" where a CUDA device is present, otherwise "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(
+    name: str | Path | None = None,
+    bits: int = 4,
+    *,
+    device: str | None = None,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    quant_storage: torch.dtype = torch.uint8,
+) -> Loaded:
+    """Load a causal language model and its tokenizer, guarded.
+
+    Args:
+        name: A hub name or a folder; the embedded model by default.
+        bits: 4 (NF4 or FP4 weights), 8 (LLM.int8) or 16 (as stored; float32 on a CPU).
+        device: "cpu" or "cuda"; by default CUDA where there is one.
+        quant_type: "nf4" or "fp4", for 4 bits.
+        double_quant: Quantize the scales too, for 4 bits.
+        compute_dtype: Overrides `choose_dtype`.
+        quant_storage: dtype in which packed codes are held; set it to the compute dtype where
+            parameters of one dtype are sharded together (FSDP).
+
+    Returns:
+        `Loaded(model, tokenizer, report)`; the model is in evaluation mode.
+
+    Raises:
+        InputError: If the bits, the device or the quantization type is unknown, the name cannot
+            be loaded, or a layer's width would be dequantized wrongly on this CPU.
+
+    Source:
+        `BitsAndBytesConfig` of transformers; Dettmers et al. 2023 (QLoRA), section 3.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or default_device()
+    _check(bits, device, quant_type)
+    name = str(name) if name is not None else str(embedded_model())
+    dtype, reason = choose_dtype(device)
+    if compute_dtype is not None:
+        dtype, reason = compute_dtype, "it was asked for"
+    config, scheme = _quantization(bits, quant_type, double_quant, dtype, quant_storage)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, quantization_config=config, device_map={"": device}
+            )
+    except OSError as error:
+        hint = "give a folder with config.json, or a hub name while there is a network"
+        raise InputError(f"{name!r} cannot be loaded; {hint}") from error
+    give_padding(tokenizer)
+    guarded = guard(model)
+    model.eval()
+    report = Report(
+        name=name,
+        bits=bits,
+        scheme=scheme,
+        device=device,
+        compute_dtype=dtype,
+        reason=reason,
+        parameters=count_parameters(model),
+        weight_bytes=model.get_memory_footprint(),
+        constant_bytes=constant_bytes(model),
+        guarded=guarded,
+    )
+    return Loaded(model, tokenizer, report)
+
+
+def _check(bits: int, device: str, quant_type: str) -> None:
+    if bits not in BITS:
+        raise InputError(f"bits={bits} is not possible; choose 4, 8 or 16")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is unknown; choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is present; use device='cpu'")
+    if quant_type not in ("nf4", "fp4"):
+        raise InputError(f"quant_type {quant_type!r} is unknown; choose nf4 or fp4")
+
+
+def _quantization(bits, quant_type, double_quant, dtype, storage):
+    from transformers import BitsAndBytesConfig
+
+    if bits == 16:
+        words = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+        return None, words.get(dtype, str(dtype))
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True), "int8 (LLM.int8)"
+    # Written out on purpose: the library's own defaults are FP4, one level, float32.
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+    )
+    level = "double quantization" if double_quant else "float32 scales"
+    return config, f"{quant_type.upper()}, blocks of 64, {level}"
+
+
+@contextmanager
+def quiet():
+    """Keep bitsandbytes' and transformers' notes on loading off the screen.
+
+    They differ between CPUs and terminals, so a notebook's stored output would too. Errors are
+    raised, not logged, and pass through.
+    """
+    from transformers.utils import logging as hf_logging
+
+    loggers = [logging.getLogger(n) for n in ("bitsandbytes", "transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that padding is a token of its own, never the end token.
+
+    Args:
+        tokenizer: Changed in place where it has no padding token or uses its end token.
+
+    Raises:
+        InputError: If the vocabulary has no spare token.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in SPARE_TOKENS:
+        if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id:
+            tokenizer.pad_token = token
+            return
+    raise InputError(
+        "the tokenizer has no token to pad with except its end token; "
+        "set tokenizer.pad_token to one that never occurs"
+    )
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The bitsandbytes 4-bit layers of a model, by name."""
+    from bitsandbytes.nn import Linear4bit
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def guard(model: torch.nn.Module) -> int:
+    """Put the CPU guards on every 4-bit layer; call it before the first forward pass.
+
+    Args:
+        model: Any model; layers on other devices are left alone.
+
+    Returns:
+        How many layers were guarded.
+
+    Raises:
+        InputError: If a layer's width is no multiple of its block size, which the CPU kernel
+            would dequantize with wrong scales.
+    """
+    guarded = 0
+    for name, layer in four_bit_layers(model).items():
+        if layer.weight.device.type != "cpu":
+            continue
+        blocksize = layer.weight.quant_state.blocksize if layer.weight.quant_state else 64
+        if layer.in_features % blocksize:
+            raise InputError(
+                f"layer {name} is {layer.in_features} wide, no multiple of the block size "
+                f"{blocksize}: bitsandbytes' CPU kernel would read wrong scales; use a GPU, "
+                "or 16 bits"
+            )
+        layer.support_avx512bf16_for_cpu = False
+        guarded += 1
+    return guarded
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of weights, with two codes in each packed byte counted as two."""
+    layers = four_bit_layers(model)
+    packed = {id(layer.weight) for layer in layers.values()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in packed)
+    return total + sum(layer.in_features * layer.out_features for layer in layers.values())
+
+
+def constant_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all quantization constants: scales, second-level scales, offsets, code tables.
+
+    The two code tables (16 and 256 float32 values) are counted once a layer, as stored.
+    """
+    total = 0
+    for layer in four_bit_layers(model).values():
+        state = layer.weight.quant_state
+        for part in (state, state.state2) if state.nested else (state,):
+            tensors = [part.absmax, part.code, getattr(part, "offset", None)]
+            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return total

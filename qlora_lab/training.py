@@ -1,0 +1,578 @@
+"""The full QLoRA run: transformers' Trainer, PEFT's adapters, bitsandbytes' 4-bit weights.
+
+Nothing of theirs is written again here. What this module adds is the order of the steps and the
+few settings on which runs fail quietly:
+
+1. load the base in 4, 8 or 16 bits (`qlora_lab.loading`, with its guards);
+2. measure it before training, so that there is something to compare with;
+3. put adapters on all linear layers (`attach_adapter`);
+4. train on labels that mask the prompt (`qlora_lab.data`);
+5. measure again with the same code, and save the adapter (a few hundred kilobytes), not the base.
+
+Four methods share all of it, so that a difference between them is one of method: "qlora" (4 bits
+and adapters), "8bit", "lora" (16 bits and adapters), "full" (every weight is trained, no
+adapter). Choices: adapters are held in float32 although the base is smaller, because an update of
+1e-5 on a bfloat16 number near 1 is rounded away; the gradient is clipped at 0.3 as in the paper
+for large models and at 1.0 here, where it is rarely reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_lab.data import collator, encode_rows, load_orders
+from qlora_lab.errors import InputError
+from qlora_lab.evaluation import Score, evaluate_orders
+from qlora_lab.loading import Report, load_model, quiet
+from qlora_lab.orders import GRADES
+from qlora_lab.provenance import provenance
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METHODS = {"qlora": 4, "8bit": 8, "lora": 16, "full": 16}
+# Learning rates at which each method was tuned on the embedded model. The ratio of the two is
+# the "ten times" of LoRA Without Regret only roughly: see the chapter on LoRA in a transformer.
+LEARNING_RATE = {"qlora": 5e-3, "8bit": 5e-3, "lora": 5e-3, "full": 1e-3}
+
+
+@dataclass
+class Run:
+    """What one training run did.
+
+    Attributes:
+        losses: Training loss of each optimizer step, in nats per target token.
+        seconds: Time in the training loop.
+        trainable: Number of trained parameters.
+        peak_bytes: Most CUDA memory allocated at once; None on a CPU.
+    """
+
+    losses: list[float] = field(repr=False)
+    seconds: float
+    trainable: int
+    peak_bytes: int | None
+
+
+@dataclass
+class Result:
+    """A fine-tuning run from loading to saving.
+
+    Attributes:
+        method: One of `METHODS`.
+        report: How the base was loaded.
+        run: The training itself.
+        before: Score of each grade before training; empty if it was not asked for.
+        after: Score of each grade after training.
+        folder: Where everything was saved, or None.
+        evaluation_seconds: Time spent on both evaluations.
+        settings: Hyperparameters, for the record.
+    """
+
+    method: str
+    report: Report
+    run: Run
+    before: dict[str, Score]
+    after: dict[str, Score]
+    folder: Path | None
+    evaluation_seconds: float
+    settings: dict[str, Any]
+    model: Any = field(repr=False, default=None)
+    tokenizer: Any = field(repr=False, default=None)
+
+    def table(self) -> str:
+        """Exact match before and after with a 95 % bootstrap interval, one grade a line."""
+        lines = [f"{'grade':<12} {'before':>8} {'after':>8}   95 % interval    valid JSON   n"]
+        for grade, after in self.after.items():
+            before = f"{self.before[grade].exact_match:.1%}" if self.before else "-"
+            low, high = after.interval()
+            lines.append(
+                f"{grade:<12} {before:>8} {after.exact_match:>8.1%}   "
+                f"{low:>6.1%} .. {high:<6.1%} {after.valid_json:>10.1%} {len(after.exact):>5}"
+            )
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """Everything measured, with provenance, as plain values for JSON."""
+        report = asdict(self.report)
+        report["compute_dtype"] = str(self.report.compute_dtype)
+        report["name"] = Path(self.report.name).name
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "base": report,
+            "seconds": {
+                "training": round(self.run.seconds, 2),
+                "evaluation": round(self.evaluation_seconds, 2),
+            },
+            "peak_bytes": self.run.peak_bytes,
+            "trainable": self.run.trainable,
+            "before": {grade: _summary(s) for grade, s in self.before.items()},
+            "after": {grade: _summary(s) for grade, s in self.after.items()},
+            "losses": [round(x, 5) for x in self.run.losses],
+            "provenance": provenance(self.settings["seed"]),
+        }
+
+
+def _summary(score: Score) -> dict[str, Any]:
+    low, high = score.interval()
+    return {
+        "exact_match": round(score.exact_match, 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "valid_json": round(score.valid_json, 4),
+        "fields": {k: round(v, 4) for k, v in score.fields.items()},
+        "n": len(score.exact),
+    }
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    checkpointing: bool = False,
+) -> PeftModel:
+    """Put LoRA adapters on a model with PEFT; everything else is frozen.
+
+    Args:
+        model: As `load_model` gives it, in 4, 8 or 16 bits.
+        r: Rank of every adapter.
+        alpha: Scale: the adapter's output is multiplied by alpha / r; 2 r by default.
+        dropout: Probability of dropping an adapter's input.
+        targets: "all-linear" (every linear layer except the output head) or name patterns.
+        checkpointing: Recompute activations in the backward pass instead of keeping them.
+
+    Returns:
+        The `PeftModel`, with its adapter parameters in float32 and requiring gradients.
+
+    Raises:
+        InputError: If the rank is not between 1 and the smallest layer dimension.
+
+    Source:
+        Hu et al. 2021 (LoRA), section 4; Dettmers et al. 2023 (QLoRA), section 4: all layers.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    smallest = min(
+        min(m.in_features, m.out_features)
+        for name, m in model.named_modules()
+        if hasattr(m, "in_features") and "lm_head" not in name
+    )
+    if not 1 <= r <= smallest:
+        raise InputError(f"rank {r} is not possible; choose 1 to {smallest}, the narrowest layer")
+    quantized = getattr(model, "is_quantized", False)
+    if quantized:
+        # It freezes the base and holds norms, embedding and head in float32 for stability.
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        )
+    elif checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def train(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    steps: int = 200,
+    batch_size: int = 16,
+    accumulation: int = 1,
+    lr: float = 3e-3,
+    warmup: int = 10,
+    schedule: str = "cosine",
+    max_grad_norm: float = 1.0,
+    optim: str = "adamw_torch",
+    max_length: int = 512,
+    seed: int = 0,
+    output: str | Path | None = None,
+    save_every: int | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Train the trainable parameters of a model on rows of text and answer.
+
+    Args:
+        model: With adapters, or as it is for full fine-tuning.
+        tokenizer: Its tokenizer, with a padding token that is not the end token.
+        rows: Rows with "text" and "answer".
+        steps: Optimizer steps.
+        batch_size: Rows in a forward pass, on each device.
+        accumulation: Forward passes for an optimizer step.
+        lr: Highest learning rate.
+        warmup: Steps over which the rate rises from zero.
+        schedule: Shape of the rate afterwards, as transformers names it.
+        max_grad_norm: Gradients with a larger norm are scaled down to it.
+        optim: Any of the Trainer's optimizers, such as "paged_adamw_8bit".
+        max_length: Longest row in tokens; a longer one is an error, never cut.
+        seed: Order of the rows and dropout.
+        output: Folder for checkpoints; needed only for `save_every` and `resume`.
+        save_every: Steps between checkpoints.
+        resume: Go on from the newest *complete* checkpoint in `output`.
+        progress: Show a bar with the loss on a terminal.
+
+    Returns:
+        The `Run`: losses, time, trained parameters, peak memory.
+
+    Raises:
+        InputError: If a number is out of range, nothing is trainable, the rows cannot be
+            encoded, or there is no checkpoint to resume from.
+    """
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    _check_positive(steps=steps, batch_size=batch_size, accumulation=accumulation, lr=lr)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise InputError("nothing is trainable; attach an adapter, or train all weights")
+    if (save_every or resume) and output is None:
+        raise InputError("checkpoints need a folder; give output=...")
+    checkpoint = last_complete_checkpoint(output) if resume else None
+    if resume and checkpoint is None:
+        raise InputError(f"{output} holds no complete checkpoint to resume from")
+    dataset = encode_rows(tokenizer, rows, max_length)
+    cuda = next(model.parameters()).device.type == "cuda"
+    dtype = _compute_dtype(model)
+    arguments = TrainingArguments(
+        output_dir=str(output or "runs/unsaved"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=lr,
+        warmup_steps=min(warmup, steps // 2),
+        lr_scheduler_type=schedule,
+        max_grad_norm=max_grad_norm,
+        optim=optim,
+        weight_decay=0.0,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not cuda,
+        bf16=cuda and dtype == torch.bfloat16,
+        fp16=cuda and dtype == torch.float16,
+        # Similar lengths together: less padding, so the same steps in less time.
+        train_sampling_strategy="group_by_length",
+        dataloader_pin_memory=cuda,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or steps,
+        logging_steps=1,
+        # A NaN must be seen in the losses. The filter would show the mean of the others.
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    recorder = _recorder(steps, progress)
+    with quiet():
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator(tokenizer),
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    return Run(recorder.losses, seconds, trainable, peak)
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise InputError(f"{name}={value} is not positive; choose a number above 0")
+
+
+def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
+    """What the loaded base computes in; full fine-tuning holds float32 and casts down."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    asked = getattr(config, "bnb_4bit_compute_dtype", None)
+    if asked is not None and getattr(config, "load_in_4bit", False):
+        return asked
+    if torch.cuda.is_available():
+        from qlora_lab.loading import choose_dtype
+
+        return choose_dtype("cuda")[0]
+    return torch.float32
+
+
+def _recorder(steps: int, progress: bool):
+    """A Trainer callback that keeps every loss and shows one bar."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        def __init__(self):
+            self.losses: list[float] = []
+            self.bar = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(
+                total=steps, initial=state.global_step, disable=not progress, desc="training"
+            )
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+                self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Recorder()
+
+
+def last_complete_checkpoint(folder: str | Path | None) -> Path | None:
+    """Find the newest checkpoint that was written to its end.
+
+    The Trainer writes a checkpoint file by file into its final folder, `trainer_state.json`
+    last, and its own `get_last_checkpoint` takes the highest number even if the machine died
+    half way. Here a checkpoint counts if its state can be read and names its step.
+
+    Args:
+        folder: Where the `checkpoint-N` folders are.
+
+    Returns:
+        The newest complete one, or None.
+    """
+    if folder is None or not Path(folder).is_dir():
+        return None
+    complete = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text("utf-8"))
+            step = int(path.name.removeprefix("checkpoint-"))
+        except (OSError, ValueError):
+            continue
+        if state.get("global_step") == step:
+            complete[step] = path
+    return complete[max(complete)] if complete else None
+
+
+def finetune(
+    name: str | Path | None = None,
+    method: str = "qlora",
+    *,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    tests: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    lr: float | None = None,
+    steps: int = 200,
+    batch_size: int = 16,
+    accumulation: int = 1,
+    optim: str | None = None,
+    checkpointing: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    before: bool = True,
+    output: str | Path | None = None,
+    save_every: int | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say=lambda line: None,
+) -> Result:
+    """Run QLoRA from end to end: load, measure, train, measure, save.
+
+    Args:
+        name: Hub name or folder of the base; the embedded model by default.
+        method: "qlora", "8bit", "lora" or "full".
+        rows: Training rows with "text" and "answer"; the orders by default.
+        tests: Test sets by name; the six grades of the orders by default. May be empty.
+        r: Rank of the adapters.
+        alpha: Their scale; 2 r by default.
+        dropout: Their dropout.
+        lr: Learning rate; the method's tuned one by default.
+        steps: Optimizer steps.
+        batch_size: Rows in a forward pass.
+        accumulation: Forward passes for a step.
+        optim: The Trainer's optimizer; paged AdamW on CUDA, plain AdamW on a CPU.
+        checkpointing: Recompute activations in the backward pass.
+        seed: Of adapters, order of rows and dropout.
+        device: "cpu" or "cuda".
+        before: Also measure before training.
+        output: New folder for the adapter and the record; nothing is saved without it.
+        save_every: Steps between checkpoints, in `output`.
+        resume: Go on in `output` from its newest complete checkpoint.
+        progress: Show progress on a terminal.
+        say: Called with a line of text at each stage.
+
+    Returns:
+        The `Result`, with the trained model in it.
+
+    Raises:
+        InputError: If an argument is out of range, or `output` already holds a finished run.
+    """
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+    folder = None if output is None else prepare_output(output, resume)
+    lr = LEARNING_RATE[method] if lr is None else lr
+    torch.manual_seed(seed)
+    full = method == "full"
+    compute_dtype = torch.float32 if full else None
+    loaded = load_model(name, METHODS[method], device=device, compute_dtype=compute_dtype)
+    model, tokenizer, report = loaded
+    say(str(report))
+    orders = load_orders() if rows is None or tests is None else {}
+    rows = orders["train"] if rows is None else rows
+    tests = {grade: orders[grade] for grade in GRADES} if tests is None else tests
+    batch = 120 if report.device == "cpu" else 360
+
+    seconds = 0.0
+    first: dict[str, Score] = {}
+    if before and tests:
+        say("measuring the base model, before training")
+        first, seconds = _timed_evaluation(model, tokenizer, tests, batch)
+    torch.manual_seed(seed)  # the same adapters whether or not something was measured before
+    if not full:
+        model = attach_adapter(model, r, alpha, dropout, checkpointing=checkpointing)
+    elif checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if optim is None:
+        optim = "paged_adamw_32bit" if report.device == "cuda" else "adamw_torch"
+    run = train(
+        model,
+        tokenizer,
+        rows,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        lr=lr,
+        optim=optim,
+        seed=seed,
+        output=folder,
+        save_every=save_every,
+        resume=resume,
+        progress=progress,
+    )
+    after: dict[str, Score] = {}
+    if tests:
+        say("measuring again, after training")
+        after, more = _timed_evaluation(model, tokenizer, tests, batch)
+        seconds += more
+    settings = {
+        "r": None if full else r,
+        "alpha": None if full else (2 * r if alpha is None else alpha),
+        "dropout": dropout,
+        "lr": lr,
+        "steps": steps,
+        "batch_size": batch_size * accumulation,
+        "optim": optim,
+        "seed": seed,
+    }
+    result = Result(method, report, run, first, after, folder, seconds, settings, model, tokenizer)
+    if folder is not None:
+        save(result, folder)
+    return result
+
+
+def _timed_evaluation(model, tokenizer, tests, batch) -> tuple[dict[str, Score], float]:
+    start = time.perf_counter()
+    with quiet():
+        scores = evaluate_orders(model, tokenizer, tests, batch_size=batch)
+    return scores, time.perf_counter() - start
+
+
+def prepare_output(output: str | Path, resume: bool = False) -> Path:
+    """Make the folder of a run, and refuse one that already holds a finished run.
+
+    Args:
+        output: The folder.
+        resume: Whether an unfinished run in it is to be gone on with.
+
+    Returns:
+        The folder as a path.
+
+    Raises:
+        InputError: If it is not empty (without `resume`) or cannot be made.
+    """
+    folder = Path(output)
+    if (folder / "result.json").exists():
+        raise InputError(f"{folder} already holds a finished run; choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        filled = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used as a folder: {error.strerror}") from error
+    if filled and not resume:
+        raise InputError(f"{folder} is not empty; choose another --output, or --resume in it")
+    return folder
+
+
+def save(result: Result, folder: Path) -> None:
+    """Save adapter (or full model), tokenizer and `result.json`, the record last.
+
+    `result.json` marks a finished run, so it is moved into place only when all else is written.
+    """
+    target = folder / ("model" if result.method == "full" else "adapter")
+    with quiet():
+        result.model.save_pretrained(target)
+        result.tokenizer.save_pretrained(target)
+    partial = folder / "result.json.part"
+    partial.write_text(json.dumps(result.record(), indent=1) + "\n", "utf-8")
+    os.replace(partial, folder / "result.json")
+
+
+def load_adapter(folder: str | Path, name: str | Path | None = None, **loading: Any):
+    """Load a base and put a saved adapter on it, for use.
+
+    Args:
+        folder: The `adapter` folder of a run.
+        name: The base; by default the one that the adapter names, if it can be found, else the
+            embedded model.
+        **loading: Further arguments of `load_model`.
+
+    Returns:
+        `Loaded(model, tokenizer, report)`; the model is a `PeftModel` in evaluation mode.
+
+    Raises:
+        InputError: If the folder holds no adapter.
+    """
+    from peft import PeftModel
+
+    from qlora_lab.loading import Loaded
+
+    folder = Path(folder)
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        folder = folder / "adapter"
+    config = folder / "adapter_config.json"
+    if not config.is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder} holds no adapter; give the adapter folder of a finished run")
+    if name is None:
+        asked = json.loads(config.read_text("utf-8")).get("base_model_name_or_path") or ""
+        # An adapter made on the embedded model names a folder of the machine that made it.
+        name = None if _is_embedded(asked) else asked
+    loaded = load_model(name, **loading)
+    with quiet():
+        model = PeftModel.from_pretrained(loaded.model, str(folder))
+    return Loaded(model.eval(), loaded.tokenizer, loaded.report)
+
+
+def _is_embedded(name: str) -> bool:
+    return name.replace("\\", "/").endswith("qlora_lab/assets/model")
