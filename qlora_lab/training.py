@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+STEPS = 200  # enough for the orders on the embedded model; more changes little
 METHODS = {"qlora": 4, "8bit": 8, "lora": 16, "full": 16}
 # Learning rates at which each method was tuned on the embedded model. The ratio of the two is
 # the "ten times" of LoRA Without Regret only roughly: see the chapter on LoRA in a transformer.
@@ -195,7 +196,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Mapping[str, Any]],
     *,
-    steps: int = 200,
+    steps: int = STEPS,
     batch_size: int = 16,
     accumulation: int = 1,
     lr: float = 3e-3,
@@ -384,7 +385,7 @@ def finetune(
     alpha: float | None = None,
     dropout: float = 0.0,
     lr: float | None = None,
-    steps: int = 200,
+    steps: int = STEPS,
     batch_size: int = 16,
     accumulation: int = 1,
     optim: str | None = None,

@@ -1,0 +1,295 @@
+"""`qlora-lab`: the course's run from one command line.
+
+    qlora-lab finetune                      the QLoRA run, with a before/after table
+    qlora-lab ask "two lattes for Anna"     an answer from the newest adapter
+    qlora-lab evaluate runs/finetune-1      measure a saved adapter again
+    qlora-lab memory --method qlora         the bytes of a run, before starting it
+
+Bad input ends with one line on stderr and exit code 2; Ctrl-C with 130. Nothing that exists is
+overwritten. Heavy imports happen inside the commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from qlora_lab._version import __version__
+from qlora_lab.errors import InputError
+
+RUNS = Path("runs")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"qlora-lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nqlora-lab: stopped; what was saved before is still there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-lab", description="QLoRA, measured: fine-tune, ask, evaluate, predict memory."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    add = commands.add_parser("finetune", help="fine-tune a model and show what it learnt")
+    add.set_defaults(run=_finetune)
+    _model_options(add)
+    add.add_argument("--method", default="qlora", help="qlora (default), 8bit, lora or full")
+    add.add_argument("--r", type=int, default=16, help="rank of the adapters (default 16)")
+    add.add_argument("--alpha", type=float, help="scale of the adapters (default 2 r)")
+    add.add_argument("--dropout", type=float, default=0.0, help="of the adapters (default 0)")
+    add.add_argument("--lr", type=float, help="learning rate (default: the method's)")
+    add.add_argument("--steps", type=int, default=None, help="optimizer steps (default 200)")
+    add.add_argument("--batch-size", type=int, default=16, help="rows a forward pass (default 16)")
+    add.add_argument("--accumulation", type=int, default=1, help="forward passes a step")
+    add.add_argument("--optim", help="a Trainer optimizer, e.g. paged_adamw_8bit")
+    add.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--data", type=Path, help='your rows: JSONL with "text" and "answer"')
+    add.add_argument("--test", type=Path, help="rows of the same form to measure on")
+    add.add_argument("--output", type=Path, help="new folder (default: runs/finetune-N)")
+    add.add_argument("--save-every", type=int, help="steps between checkpoints")
+    add.add_argument("--resume", action="store_true", help="go on with an unfinished --output")
+    add.add_argument("--no-before", action="store_true", help="do not measure before training")
+
+    add = commands.add_parser("ask", help="answer one order with an adapter")
+    add.set_defaults(run=_ask)
+    add.add_argument("text", help='for example "two large lattes with honey for Anna"')
+    add.add_argument("--adapter", type=Path, help="folder of a run (default: the newest)")
+    _model_options(add)
+
+    add = commands.add_parser("evaluate", help="measure an adapter, or a base, on the six grades")
+    add.set_defaults(run=_evaluate)
+    add.add_argument("adapter", type=Path, nargs="?", help="folder of a run (default: the base)")
+    add.add_argument("--test", type=Path, help="your own rows instead of the six grades")
+    _model_options(add)
+
+    add = commands.add_parser("memory", help="predict the bytes of a run")
+    add.set_defaults(run=_memory)
+    add.add_argument("--model", default=None, help="hub name or folder (default: embedded)")
+    add.add_argument("--method", default="qlora", help="qlora (default), lora or full")
+    add.add_argument("--r", type=int, default=16, help="rank of the adapters (default 16)")
+    add.add_argument("--batch-size", type=int, default=1)
+    add.add_argument("--sequence", type=int, default=512, help="tokens in a row (default 512)")
+    add.add_argument("--checkpointing", action="store_true")
+    add.add_argument("--no-double-quant", action="store_true")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=None, help="hub name or folder (default: embedded)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if present)")
+    if parser.prog.split()[-1] != "finetune":
+        parser.add_argument("--bits", type=int, default=4, help="4 (default), 8 or 16")
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    rows = tests = None
+    if arguments.data or arguments.test:
+        if not arguments.data:
+            raise InputError("--test without --data would train on the orders; give both")
+        rows = read_rows(arguments.data)
+        tests = {arguments.test.stem: read_rows(arguments.test)} if arguments.test else {}
+    # Looked up before the heavy imports: a wrong folder should not cost ten seconds to hear of.
+    output = arguments.output or next_folder(RUNS, "finetune")
+
+    from qlora_lab.training import STEPS, finetune
+
+    result = finetune(
+        arguments.model,
+        arguments.method,
+        rows=rows,
+        tests=tests,
+        r=arguments.r,
+        alpha=arguments.alpha,
+        dropout=arguments.dropout,
+        lr=arguments.lr,
+        steps=STEPS if arguments.steps is None else arguments.steps,
+        batch_size=arguments.batch_size,
+        accumulation=arguments.accumulation,
+        optim=arguments.optim,
+        checkpointing=arguments.checkpointing,
+        seed=arguments.seed,
+        device=arguments.device,
+        before=not arguments.no_before,
+        output=output,
+        save_every=arguments.save_every,
+        resume=arguments.resume,
+        progress=sys.stderr.isatty(),
+        say=lambda line: print(line, flush=True),
+    )
+    _show(result, asked=tests is None)
+
+
+def _show(result, asked: bool) -> None:
+    """Print what was learnt, three answers, where it is, and what to do next."""
+    run = result.run
+    trained = f"{run.trainable:,} of {result.report.parameters:,} parameters"
+    if result.method != "full":
+        trained = f"{run.trainable:,} adapter parameters beside {result.report.parameters:,}"
+    print(f"\ntrained {trained} for {len(run.losses)} steps in {run.seconds:.0f} s")
+    print(f"loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} nats per token")
+    if run.peak_bytes:
+        print(f"peak CUDA memory {run.peak_bytes / 1e9:.2f} GB")
+    if result.after:
+        print(f"measured in {result.evaluation_seconds:.0f} s; exact match:\n\n{result.table()}")
+    if asked:
+        from qlora_lab.data import load_orders
+        from qlora_lab.evaluation import exact_match
+
+        print("\nthree answers to orders it never saw")
+        for grade in ("pairs", "copying", "corrections"):
+            row = load_orders([grade])[grade][0]
+            answer = result.after[grade].predictions[0]
+            mark = "right" if exact_match(answer, row["answer"]) else "WRONG"
+            print(f"  {row['text']}\n    {answer}   [{mark}]")
+    what = "model" if result.method == "full" else "adapter"
+    folder = result.folder / what
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    print(f"\nthe {what} is in {folder.as_posix()} ({size / 1e6:.2f} MB)")
+    if what == "adapter" and asked:
+        print("what to do next")
+        print(f'  qlora-lab ask "three small teas for Zoe" --adapter {folder.as_posix()}')
+        print("  qlora-lab finetune --method full    # what does training every weight add?")
+        print("  qlora-lab finetune --r 1            # how little is enough?")
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    folder = arguments.adapter or newest_adapter(RUNS)
+    from qlora_lab.data import prompt
+    from qlora_lab.evaluation import generate
+    from qlora_lab.training import load_adapter
+
+    asked = prompt(arguments.text)
+    loaded = load_adapter(folder, arguments.model, bits=arguments.bits, device=arguments.device)
+    print(generate(loaded.model, loaded.tokenizer, [asked])[0])
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    tests = {arguments.test.stem: read_rows(arguments.test)} if arguments.test else None
+    from qlora_lab.data import load_orders
+    from qlora_lab.evaluation import evaluate_orders
+    from qlora_lab.loading import load_model, quiet
+    from qlora_lab.orders import GRADES
+    from qlora_lab.training import load_adapter
+
+    how = {"bits": arguments.bits, "device": arguments.device}
+    if arguments.adapter:
+        loaded = load_adapter(arguments.adapter, arguments.model, **how)
+    else:
+        loaded = load_model(arguments.model, **how)
+    print(loaded.report)
+    with quiet():
+        scores = evaluate_orders(loaded.model, loaded.tokenizer, tests or load_orders(GRADES))
+    for name, score in scores.items():
+        print(f"{name:<12} {score}")
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from qlora_lab import embedded_model
+    from qlora_lab.memory import ledger
+
+    name = arguments.model or embedded_model()
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        hint = "give a folder with config.json, or a hub name while there is a network"
+        raise InputError(f"{name!r} has no configuration to read; {hint}") from error
+    print(
+        ledger(
+            config,
+            method=arguments.method,
+            r=arguments.r,
+            batch=arguments.batch_size,
+            sequence=arguments.sequence,
+            checkpointing=arguments.checkpointing,
+            double_quant=not arguments.no_double_quant,
+        )
+    )
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read JSONL rows with "text" and "answer".
+
+    Args:
+        path: The file, UTF-8, one JSON object a line.
+
+    Returns:
+        The rows as dictionaries.
+
+    Raises:
+        InputError: If the file cannot be read, is empty, or a line is not such an object; the
+            message names the line.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} line {number} is not JSON; one object a line") from error
+        fields = [row.get(key) for key in ("text", "answer")] if isinstance(row, dict) else [None]
+        if not all(isinstance(value, str) for value in fields):
+            raise InputError(f'{path} line {number} needs the strings "text" and "answer"')
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} holds no rows; write one JSON object a line")
+    return rows
+
+
+def next_folder(root: Path, stem: str) -> Path:
+    """The first of root/stem-1, root/stem-2, ... that does not exist yet."""
+    number = 1
+    while (root / f"{stem}-{number}").exists():
+        number += 1
+    return root / f"{stem}-{number}"
+
+
+def newest_adapter(root: Path) -> Path:
+    """The adapter of the run that finished last.
+
+    Args:
+        root: Where the runs are.
+
+    Returns:
+        Its adapter folder.
+
+    Raises:
+        InputError: If there is none.
+    """
+    finished = [path for path in root.glob("*/result.json") if (path.parent / "adapter").is_dir()]
+    if not finished:
+        raise InputError(f"no adapter in {root}/ yet; run qlora-lab finetune, or give --adapter")
+    return max(finished, key=lambda path: path.stat().st_mtime).parent / "adapter"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
