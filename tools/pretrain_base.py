@@ -316,7 +316,7 @@ def export(model, tokenizer, report, args, step: int, seconds: float) -> None:
         eos_token=SPECIAL[2],
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
-        padding_side="left",
+        padding_side="right",
     )
     args.export.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.export)

@@ -1,0 +1,107 @@
+"""The held-out text stays held out: the filter of `tools/corpus.py`, proven with planted copies."""
+
+import ast
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+corpus = pytest.importorskip("corpus", reason="tools/ is not beside this copy of the tests")
+
+SECRET = textwrap.dedent(
+    '''
+    def weigh(stones, limit):
+        """Pick stones until the basket is full."""
+        basket = []
+        total = 0
+        for stone in sorted(stones):
+            if total + stone > limit:
+                break
+            basket.append(stone)
+            total += stone
+        return basket
+    '''
+)
+HARMLESS = "\n".join(f"value_{i} = compute({i}, mode='fast')  # step {i}" for i in range(40))
+
+
+@pytest.fixture(scope="module")
+def guard():
+    return corpus.HeldOut([SECRET])
+
+
+def test_a_file_of_its_own_passes(guard):
+    assert guard.overlaps(HARMLESS) is None
+
+
+def test_a_planted_copy_is_found(guard):
+    assert guard.overlaps(HARMLESS + SECRET + HARMLESS) is not None
+
+
+def test_a_body_is_found_under_another_name_layout_docstring_and_comments(guard):
+    disguised = textwrap.dedent(
+        """
+        def choose(stones,
+                   limit):
+            '''Another docstring.'''
+            basket = [  ]          # empty
+            total = 0
+
+            for stone in sorted( stones ):
+                # too heavy?
+                if total + stone > limit: break
+                basket.append(stone); total += stone
+            return (basket)
+        """
+    )
+    body_only = corpus.HeldOut([SECRET])
+    body_only.runs = np.empty(0, dtype=np.uint64)  # so that only the body rule can answer
+    assert body_only.overlaps(HARMLESS + "\n" + disguised) == "body"
+
+
+def test_a_changed_body_passes_the_body_rule(guard):
+    changed = SECRET.replace("total += stone", "total += 2 * stone")
+    assert corpus.function_bodies(changed).isdisjoint(guard.bodies)
+
+
+def test_a_body_of_five_lines_is_too_common_to_count():
+    short = "def f(x):\n" + "".join(f"    x += {i}\n" for i in range(5))
+    assert corpus.function_bodies(short) == set()
+    assert len(corpus.function_bodies(short + "    x += 5\n")) == 1
+
+
+def test_runs_of_fifty_tokens_are_found_and_of_forty_nine_are_not():
+    words = [f"w{i}" for i in range(50)]
+    held = corpus.HeldOut(["# " + " ".join(words)])
+    # "#" is a token too: the held-out comment holds 51 tokens, two runs of 50.
+    assert len(held.runs) == 2
+    assert held.overlaps("x = 1\n# other words\n'" + " ".join(words) + "'") == "run"
+    assert held.overlaps("x = 1\n'" + " ".join(words[1:]) + "'") is None
+
+
+def test_source_of_another_python_is_still_covered_by_the_token_rule():
+    old = "print 'hello'\n" + SECRET  # Python 2: cannot be parsed
+    with pytest.raises(SyntaxError):
+        ast.parse(old)
+    assert corpus.HeldOut([SECRET]).overlaps(old) == "run"
+
+
+def test_each_shipped_heldout_file_is_caught_by_itself_inside_another_file():
+    texts = corpus.heldout_texts()
+    guard = corpus.HeldOut(list(texts.values()))
+    for name, text in texts.items():
+        middle = text[len(text) // 4 : 3 * len(text) // 4]
+        assert guard.overlaps(HARMLESS + middle), name
+
+
+def test_the_heldout_text_is_what_the_course_says():
+    texts = corpus.heldout_texts()
+    assert len(texts) >= 25
+    for name, text in texts.items():
+        assert name.endswith(".py.txt") and len(text) > 2000
+        assert "\r" not in text, f"{name}: line ends were converted; see .gitattributes"
+    licence = Path(corpus.heldout_dir()) / "LICENSE-PSF.txt"
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licence.read_text("utf-8")
