@@ -59,6 +59,7 @@ _MODULES = (
     "low_rank",
     "memory",
     "merge",
+    "orders",
     "paged_optimizer",
     "plots",
     "qlora",

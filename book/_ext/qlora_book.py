@@ -1,0 +1,162 @@
+"""What this book needs of Sphinx beyond Jupyter Book, in six short pieces.
+
+1. API pages without torch: whatever the package imports that is not in the standard library is
+   mocked. The list is read from the sources, so that it cannot fall behind them.
+2. Launch buttons follow the one address in `_config.yml`; without an address there is none.
+3. A figure's alt text, which a notebook keeps in the output's metadata, reaches the page.
+4. Docstrings are written for people: code in `single backticks`, whatever it holds. Here it becomes
+   a link where it is a name, and literal text where it is an expression.
+5. The directive `{module-table}`: every module with the first sentence of its docstring.
+6. No page loads a script from somebody else's server.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sys
+from base64 import b64decode
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.ext.autodoc.mock import _MockObject
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "qlora_lab"
+COLAB = "https://colab.research.google.com"
+
+
+def third_party_imports(folder: Path) -> list[str]:
+    """Return the top-level names that the modules of a package import from outside.
+
+    Args:
+        folder: The package's folder.
+
+    Returns:
+        Sorted names, without the standard library's and the package's own.
+    """
+    names = set()
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return sorted(names - set(sys.stdlib_module_names) - {folder.name})
+
+
+def launch_buttons(repository_url: str) -> dict[str, str]:
+    """Return the theme's launch buttons: Colab for a GitHub address, else none."""
+    return {"colab_url": COLAB} if repository_url.startswith("https://github.com/") else {}
+
+
+def readable_code(docstring: str) -> str:
+    """Turn `single backticks` into what reStructuredText needs for the same look.
+
+    Args:
+        docstring: A docstring, dedented.
+
+    Returns:
+        The same with expressions as literal text, each on one line; names stay as they are, for
+        the default role to link them.
+    """
+
+    def replace(match: re.Match) -> str:
+        code = " ".join(match[1].split())
+        quoted = f"`{code}`" if re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", code) else f"``{code}``"
+        return quoted + (r"\ " if match[2] else "")
+
+    # A span may run over a line end, never over a blank line; roles and hyperlinks stay.
+    span = r"(?<![`:\w\\])`((?:[^`\n]|\n(?!\s*\n))+)`(?![`_])(?=(\w)?)"
+    return re.sub(span, replace, docstring)
+
+
+def alt_texts(notebook: dict) -> dict[str, str]:
+    """Map each stored picture of a notebook to its alt text.
+
+    Args:
+        notebook: The parsed notebook.
+
+    Returns:
+        SHA-256 of the PNG's bytes (the file name that MyST-NB gives it) -> alt text.
+    """
+    found = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            png = output.get("data", {}).get("image/png")
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if png and alt:
+                found[hashlib.sha256(b64decode("".join(png))).hexdigest()] = alt
+    return found
+
+
+class NotInstalled:
+    """An import hook under which the given packages are not there, whatever the machine has.
+
+    autodoc mocks them while it imports a documented module, but reads the modules of base classes
+    outside the mocks: with torch installed it would load torch after all.
+    """
+
+    def __init__(self, names: list[str]):
+        self.names = frozenset(names)
+
+    def find_spec(self, name: str, path=None, target=None) -> None:
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"{name} is kept out of the book's build", name=name)
+
+
+class ModuleTable(SphinxDirective):
+    """List every public module beside the first sentence of its docstring."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = [".. list-table::", "   :widths: 28 72", ""]
+        for page in self.env.toctree_includes.get(self.env.docname, []):
+            name = page.rpartition("/")[2]
+            source = PACKAGE / f"{name}.py"
+            self.env.note_dependency(str(source))
+            docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+            first = " ".join(docstring.partition("\n\n")[0].split())
+            rows += [f"   * - :doc:`{name} </{page}>`", f"     - {first}"]
+        return self.parse_text_to_nodes("\n".join(rows))
+
+
+def configure(app: Sphinx, config) -> None:
+    """Set what depends on the sources or on the repository's address."""
+    sys.path.insert(0, str(ROOT))
+    config.autodoc_mock_imports = third_party_imports(PACKAGE)
+    sys.meta_path.insert(0, NotInstalled(config.autodoc_mock_imports))
+    # `torch.device | str` in a signature is evaluated when a module is imported: let mocks do it.
+    _MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self
+    config.nb_ipywidgets_js = {}
+    options = config.html_theme_options
+    options["launch_buttons"] = launch_buttons(options.get("repository_url", ""))
+
+
+def add_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each picture that a notebook cell drew the alt text stored with it."""
+    source = Path(app.env.doc2path(app.env.docname))
+    if source.suffix != ".ipynb":
+        return
+    alts = alt_texts(json.loads(source.read_text(encoding="utf-8")))
+    for image in doctree.findall(nodes.image):
+        alt = alts.get(Path(image["uri"]).stem)
+        if alt:
+            image["alt"] = alt
+
+
+def rewrite_docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """Apply `readable_code`, before napoleon reads the sections."""
+    lines[:] = readable_code("\n".join(lines)).split("\n")
+
+
+def setup(app: Sphinx) -> dict:
+    """Register with Sphinx."""
+    app.add_directive("module-table", ModuleTable)
+    app.connect("config-inited", configure, priority=100)
+    app.connect("autodoc-process-docstring", rewrite_docstring, priority=100)
+    app.connect("doctree-read", add_alt_texts)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
