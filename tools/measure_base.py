@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import lzma
 import re
@@ -103,15 +104,21 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora_lab
-    from qlora_lab.evaluation import bits_per_byte
+    from qlora_lab.evaluation import text_bits
 
     folder = args.model or Path(qlora_lab.embedded_model())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     held = corpus.heldout_texts()
-    result = {"bits_per_byte": round(bits_per_byte(model, tokenizer, list(held.values())), 4)}
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    sizes = [len(text.encode()) for text in held.values()]
+    bits = text_bits(model, tokenizer, list(held.values()))
+    result = {"weights_sha256": weights, "bits_per_byte": round(sum(bits) / sum(sizes), 4)}
+    result["bits_per_byte_of_file"] = {
+        name: round(b / size, 4) for name, b, size in zip(held, bits, sizes, strict=True)
+    }
     result["context"], result["stride"], result["files"] = 512, 256, len(held)
-    result["bytes"] = sum(len(t.encode()) for t in held.values())
+    result["bytes"] = sum(sizes)
     print(f"bits per byte on {len(held)} held-out files: {result['bits_per_byte']}  (bar: 1.20)")
     judged = complete(model, tokenizer, json.loads(PROMPTS.read_text()))
     result["prompts_good"] = sum(j["good"] for j in judged)
@@ -123,13 +130,11 @@ def main() -> None:
         pools, _ = corpus.build(progress=lambda *_: None)
         training = "\n".join(t for texts in pools.values() for t in texts)
         joined = "\n".join(held.values())
-        result["xz_alone"] = round(
-            8 * len(lzma.compress(joined.encode(), preset=9)) / len(joined.encode()), 4
-        )
-        result["xz_with_training_text"] = round(xz_bits_per_byte(training, joined), 4)
-        print(
-            f"xz -9 alone {result['xz_alone']}, xz -9e given the training text {result['xz_with_training_text']}"
-        )
+        size = len(joined.encode())
+        alone = 8 * len(lzma.compress(joined.encode(), preset=9)) / size
+        given = xz_bits_per_byte(training, joined)
+        result["xz_alone"], result["xz_with_training_text"] = round(alone, 4), round(given, 4)
+        print(f"xz -9 alone {alone:.3f}, xz -9e given the training text {given:.3f}")
     if args.save:
         (folder / "measured.json").write_text(json.dumps(result, indent=1) + "\n")
 
