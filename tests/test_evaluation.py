@@ -1,0 +1,378 @@
+"""Scores, bits and intervals against slow or exact counterparts."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import learn_by_heart, tiny_model, tiny_tokenizer
+
+from qlora_lab import data, evaluation, orders
+from qlora_lab.errors import InputError
+
+ORDER = {"name": "Anna", "items": [{"count": 2, "size": "large", "item": "tea", "with": ["mint"]}]}
+
+SEVERAL_LINES = "yes\nand more\nof it"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Answers of different lengths: a line, a word, an order."""
+    short = [{"text": f"{n} teas", "answer": "x" * n} for n in range(1, 10)]
+    several = {"text": "two teas and more", "answer": SEVERAL_LINES}
+    return [*short, several, *orders.make_rows("pairs", 4)]
+
+
+@pytest.fixture(scope="module")
+def model(rows):
+    """A tiny model that knows these rows by heart, so that answers end, at different lengths."""
+    model = tiny_model(context=192)
+    learn_by_heart(model, rows)
+    return model
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def test_batched_answers_are_those_of_one_prompt_at_a_time(model, tokenizer, rows):
+    prompts = [data.prompt(row["text"]) for row in rows] + ["# 3", "def f(x):\n", "{"]
+    alone = [evaluation.generate(model, tokenizer, [text], 60)[0] for text in prompts]
+    assert len({len(text) for text in alone}) > 5  # they end at different lengths
+    for batch_size in (4, len(prompts)):
+        assert evaluation.generate(model, tokenizer, prompts, 60, batch_size) == alone
+
+
+def test_answers_are_greedy(model, tokenizer):
+    text = "# 3 teas\n"
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    said = []
+    with torch.no_grad():
+        while len(said) < 20:
+            said.append(model(ids).logits[0, -1].argmax().item())
+            if said[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode(said[-1]):
+                break
+            ids = torch.cat([ids, torch.tensor([said[-1:]])], dim=1)
+    expected = tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]
+    assert evaluation.generate(model, tokenizer, [text], 20) == [expected]
+
+
+def test_generation_stops_with_the_last_row(model, tokenizer, rows, monkeypatch):
+    prompts = [data.prompt(row["text"]) for row in rows[:9]]
+    answers = evaluation.generate(model, tokenizer, prompts, 100)
+    assert answers == [row["answer"] for row in rows[:9]]
+    steps = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    evaluation.generate(model, tokenizer, prompts, 100)
+    longest = max(len(tokenizer(answer)["input_ids"]) for answer in answers)
+    assert len(steps) <= longest + 1  # and the end token
+
+
+def test_one_line_answers_stop_at_the_line_break(model, tokenizer):
+    asked = [data.prompt("two teas and more")]
+    assert evaluation.generate(model, tokenizer, asked, 60) == ["yes"]
+    whole = evaluation.generate(model, tokenizer, asked, 60, one_line=False)
+    assert whole == [SEVERAL_LINES]
+
+
+def test_the_bound_on_new_tokens_holds(tokenizer):
+    (answer,) = evaluation.generate(tiny_model(seed=1), tokenizer, ["# a\n"], 7, one_line=False)
+    assert len(tokenizer(answer)["input_ids"]) <= 7 or len(answer.encode()) <= 7 * 8
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_and_tokenizer_come_back_as_they_were(tokenizer, training):
+    model = tiny_model().train(training)
+    evaluation.generate(model, tokenizer, ["# a\n", "# a b c d\n"], 3)
+    evaluation.bits_per_byte(model, tokenizer, ["x = 1\n"], context=64, stride=32)
+    assert model.training is training and tokenizer.padding_side == "right"
+    assert all(module.training is training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_training_goes_on_after_an_evaluation(tokenizer):
+    """No inference tensors are left behind: gradients flow as before."""
+    model = tiny_model()
+    batch = data.collator(tokenizer)([data.encode(tokenizer, "two teas", "{}")])
+    model(**batch).loss.backward()
+    before = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    evaluation.generate(model, tokenizer, ["# a\n"], 3)
+    model(**batch).loss.backward()
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, before)
+
+
+def test_bad_prompts(tokenizer):
+    model = tiny_model(context=128)
+    with pytest.raises(InputError, match="empty"):
+        evaluation.generate(model, tokenizer, [""])
+    with pytest.raises(InputError, match="context of 128"):
+        evaluation.generate(model, tokenizer, ["# a\n"], max_new_tokens=127)
+    assert evaluation.generate(model, tokenizer, [], 5) == []
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def test_exact_match_compares_parsed_json():
+    answer = orders.to_json(ORDER)
+    assert evaluation.exact_match(json.dumps(ORDER, indent=1), answer)
+    assert not evaluation.exact_match(answer.replace("2", "3"), answer)
+    assert not evaluation.exact_match(answer[:-1], answer)
+    assert not evaluation.exact_match("", answer)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"a"', "[" * 100_000, "{} {}"])
+def test_what_is_no_object_is_not_valid(text):
+    assert evaluation.parse(text) is None
+    assert not evaluation.exact_match(text, text)
+    hits = evaluation.field_hits(text, orders.to_json(ORDER))
+    assert all(right == 0 and total == 1 for right, total in hits.values())
+
+
+def test_fields_are_counted_by_position():
+    two = ORDER | {"items": [ORDER["items"][0], ORDER["items"][0] | {"size": None}]}
+    hits = evaluation.field_hits(orders.to_json(ORDER), orders.to_json(two))
+    assert hits["name"] == (1, 1) and hits["size"] == hits["item"] == (1, 2)
+    swapped = two | {"items": two["items"][::-1]}
+    hits = evaluation.field_hits(orders.to_json(swapped), orders.to_json(two))
+    assert hits["count"] == hits["item"] == hits["with"] == (2, 2) and hits["size"] == (0, 2)
+
+
+def test_too_many_items_are_wrong_too():
+    two = ORDER | {"items": ORDER["items"] * 2}
+    assert evaluation.field_hits(orders.to_json(two), orders.to_json(ORDER))["item"] == (1, 2)
+
+
+@pytest.mark.parametrize("items", ["3", '"tea"', "[1, 2]", "null", '[{"item": []}]', "{}"])
+def test_odd_items_are_wrong_and_not_an_error(items):
+    hits = evaluation.field_hits(f'{{"name":"Anna","items":{items}}}', orders.to_json(ORDER))
+    assert hits["name"] == (1, 1) and hits["item"][0] == 0
+
+
+def test_a_missing_size_is_not_a_null_size():
+    none = ORDER | {"items": [ORDER["items"][0] | {"size": None}]}
+    without = '{"name":"Anna","items":[{"count":2,"item":"tea","with":["mint"]}]}'
+    assert evaluation.field_hits(without, orders.to_json(none))["size"] == (0, 1)
+
+
+def test_score_of_a_mixed_set():
+    answers = [orders.to_json(ORDER)] * 4
+    wrong = answers[0].replace("Anna", "Ben")
+    score = evaluation.score([answers[0], wrong, answers[0][:-3], "no"], answers)
+    assert score.exact == [True, False, False, False] and score.valid == [True, True, False, False]
+    assert (score.exact_match, score.valid_json) == (0.25, 0.5)
+    assert score.fields == {"name": 0.25, "count": 0.5, "size": 0.5, "item": 0.5, "with": 0.5}
+    low, high = score.interval()
+    assert 0 <= low < 0.25 < high <= 1
+    assert str(score).startswith("exact match 25.0% [") and str(score).endswith("n=4")
+
+
+def test_score_refuses_what_it_cannot_pair():
+    with pytest.raises(InputError):
+        evaluation.score([], [])
+    with pytest.raises(InputError):
+        evaluation.score(["{}"], [])
+    with pytest.raises(InputError, match="no JSON object"):
+        evaluation.score(["{}"], ["nonsense"])
+
+
+def test_score_lines():
+    assert evaluation.score_lines(["1234\n", "12"], ["1234", "1234"]) == [True, False]
+
+
+def test_evaluate_orders_scores_each_grade(model, tokenizer, rows):
+    known = rows[10:]
+    unknown = orders.make_rows("copying", 3)
+    scores = evaluation.evaluate_orders(
+        model, tokenizer, {"known": known, "unknown": unknown}, batch_size=3, max_new_tokens=100
+    )
+    assert scores["known"].exact_match == 1.0 and scores["unknown"].exact_match < 1.0
+    assert scores["known"].predictions == [row["answer"] for row in known]
+    assert len(scores["unknown"].exact) == 3
+
+
+# --- bits per byte ---------------------------------------------------------------------------
+
+
+@given(st.integers(2, 400), st.integers(2, 64), st.data())
+def test_each_token_is_scored_once_with_the_most_context(length, context, draw):
+    stride = draw.draw(st.integers(1, context - 1))
+    scored = {}
+    for start, end, new in evaluation._spans(length, context, stride):
+        assert 0 <= start < end <= length and end - start <= context
+        for token in range(end - new, end):
+            assert token not in scored
+            scored[token] = token - start  # tokens before it in the window
+    assert sorted(scored) == list(range(1, length))
+    for token, before in scored.items():
+        assert before == token or before >= context - stride
+
+
+def slow_bits(model, tokenizer, text, context, stride):
+    """One token at a time, with no batches and no shared windows."""
+    ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+    bits, end = 0.0, min(context, len(ids))
+    for token in range(1, len(ids)):
+        while token >= end:
+            end = min(end + stride, len(ids))
+        window = torch.tensor([ids[max(0, end - context) : token]])
+        with torch.no_grad():
+            logits = model(window).logits[0, -1].double()
+        bits -= torch.log_softmax(logits, -1)[ids[token]].item() / math.log(2)
+    return bits
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_bits_equal_the_slow_count(model, tokenizer, batch_size):
+    texts = ["x = 1\n", "# " + "two large lattes, " * 8, "Ünïcödé ☕ " * 3, "a"]
+    slow = [slow_bits(model, tokenizer, text, 40, 15) for text in texts]
+    fast = evaluation.text_bits(model, tokenizer, texts, 40, 15, batch_size)
+    np.testing.assert_allclose(fast, slow, rtol=1e-5)
+    per_byte = evaluation.bits_per_byte(model, tokenizer, texts, 40, 15, batch_size)
+    assert per_byte == pytest.approx(sum(slow) / sum(len(t.encode()) for t in texts), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_needs_nine_bits_a_token(tokenizer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()  # tied: all logits equal, 512 tokens
+    text = "café ☕\r\n" * 40
+    tokens = len(tokenizer(text)["input_ids"])
+    found = evaluation.bits_per_byte(model, tokenizer, [text], context=64, stride=32)
+    assert found == pytest.approx(9 * tokens / len(text.encode("utf-8")), rel=1e-6)
+
+
+def test_no_byte_of_the_heldout_text_is_lost(tokenizer):
+    for text in data.heldout_texts(limit=4).values():
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("context", "stride", "message"),
+    [(1, 1, "context 1"), (129, 64, "context 129"), (64, 0, "stride 0"), (64, 64, "stride 64")],
+)
+def test_bad_windows(tokenizer, context, stride, message):
+    with pytest.raises(InputError, match=message):
+        evaluation.bits_per_byte(tiny_model(context=128), tokenizer, ["x"], context, stride)
+
+
+def test_empty_texts_are_refused(tokenizer):
+    with pytest.raises(InputError, match="text 1 is empty"):
+        evaluation.bits_per_byte(tiny_model(), tokenizer, ["x", ""], 64, 32)
+
+
+# --- intervals -------------------------------------------------------------------------------
+
+
+def test_interval_is_seeded_and_holds_the_mean():
+    values = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1] * 10
+    first = evaluation.bootstrap_interval(values)
+    assert first == evaluation.bootstrap_interval(values)
+    uneven = np.random.default_rng(0).normal(size=50)
+    other = evaluation.bootstrap_interval(uneven, seed=1)
+    assert other != evaluation.bootstrap_interval(uneven, seed=2)
+    mean, low, high = first
+    # the normal approximation: 0.7 +- 1.96 * sqrt(0.7 * 0.3 / 100)
+    assert mean == 0.7 and low == pytest.approx(0.61, abs=0.015)
+    assert high == pytest.approx(0.79, abs=0.015)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        values = rng.normal(3.0, 1.0, size=60)
+        _, low, high = evaluation.bootstrap_interval(values, resamples=600, seed=trial)
+        hits += low <= 3.0 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_interval_of_equal_values_has_no_width():
+    assert evaluation.bootstrap_interval([1.0] * 20) == (1.0, 1.0, 1.0)
+
+
+def test_weighted_interval_is_of_the_ratio():
+    bits, sizes = [8.0, 30.0, 2.0], [10, 20, 2]
+    mean, low, high = evaluation.bootstrap_interval(bits, weights=sizes)
+    assert mean == 40 / 32 and low >= 0.8 and high <= 1.5
+
+
+def test_paired_difference_is_narrower_than_two_intervals():
+    rng = np.random.default_rng(1)
+    hard = rng.normal(size=200)
+    first, second = hard, hard + 0.1 + 0.05 * rng.normal(size=200)
+    mean, low, high = evaluation.paired_difference(first, second)
+    assert mean == pytest.approx(np.mean(second) - np.mean(first)) and 0 < low < mean < high
+    _, alone_low, alone_high = evaluation.bootstrap_interval(first)
+    assert (high - low) < 0.2 * (alone_high - alone_low)
+    back = evaluation.paired_difference(second, first)
+    np.testing.assert_allclose(back, (-mean, -high, -low), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluation.bootstrap_interval([]), "equally long"),
+        (lambda: evaluation.bootstrap_interval([1, 2], weights=[1]), "equally long"),
+        (lambda: evaluation.bootstrap_interval([1, 2], confidence=95), "confidence 95"),
+        (lambda: evaluation.paired_difference([1, 2], [1]), "not pairs"),
+    ],
+)
+def test_bad_values(call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# --- controls --------------------------------------------------------------------------------
+
+
+def test_few_shot_prompt_ends_where_the_answer_begins():
+    examples = orders.make_rows("train", 2)
+    text = evaluation.few_shot_prompt(examples, "two teas for Bob")
+    assert text.splitlines() == [
+        "# " + examples[0]["text"],
+        examples[0]["answer"],
+        "# " + examples[1]["text"],
+        examples[1]["answer"],
+        "# two teas for Bob",
+    ]
+    assert text.endswith("\n")
+    assert evaluation.few_shot_prompt([], "two teas") == data.prompt("two teas")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two large teas with mint for Anna",
+        "Anna would like 2 large teas with mint",
+        "could I get two large teas with mint? the name is Anna",
+    ],
+)
+def test_regex_reads_the_plain_form(text):
+    assert evaluation.exact_match(evaluation.regex_baseline(text), orders.to_json(ORDER))
+
+
+@given(st.text(alphabet="atwo12sxI,? Awith", max_size=60))
+def test_regex_survives_anything(text):
+    assert evaluation.parse(evaluation.regex_baseline(text)) is not None
+
+
+def test_regex_leaves_room_for_a_model():
+    """A task that regular expressions solve is no task for a language model."""
+    for grade in orders.GRADES:
+        rows = orders.make_rows(grade, 100)
+        score = evaluation.score(
+            [evaluation.regex_baseline(row["text"]) for row in rows],
+            [row["answer"] for row in rows],
+        )
+        assert score.valid_json == 1.0 and score.exact_match < 0.7, grade
