@@ -241,7 +241,7 @@ def add_adapters(
     Source:
         The meaning of `targets` is that of peft's LoraConfig.target_modules.
     """
-    chosen = _find_targets(model, targets)
+    chosen = find_targets(model, targets)
     adapter = Adapter(r, alpha, dropout, rslora)
     for layer in chosen.values():  # all checks first, so that a bad value leaves the model whole
         _check_adapter(layer, name, adapter)
@@ -250,6 +250,39 @@ def add_adapters(
     model.requires_grad_(False)
     set_adapter(model, name)
     return list(chosen)
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers that an adapter would be put on.
+
+    Args:
+        model: Any module.
+        targets: "all-linear", name endings, or one regular expression, as in `add_adapters`.
+
+    Returns:
+        Name -> layer (`nn.Linear` or, where adapters exist, `LoRALinear`), in the model's order.
+
+    Raises:
+        InputError: No linear layer matches.
+
+    Source:
+        peft `tuners/tuners_utils.py`, check_target_module_exists and
+        _maybe_include_all_linear_layers.
+    """
+    layers = _linear_layers(model)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        find_head = getattr(model, "get_output_embeddings", lambda: None)
+        head = find_head()  # left out as PEFT leaves it out: often tied to the embeddings
+        chosen = {path: layer for path, layer in layers.items() if layer is not head}
+    elif isinstance(targets, str):
+        chosen = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
+    else:
+        endings = tuple(targets)
+        chosen = {path: layer for path, layer in layers.items() if _ends_with(path, endings)}
+    if not chosen:
+        some = sorted({path.rsplit(".", 1)[-1] for path in layers})
+        raise InputError(f"targets {targets!r} match no linear layer: this model has {some}")
+    return chosen
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -473,23 +506,6 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    layers = _linear_layers(model)
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        find_head = getattr(model, "get_output_embeddings", lambda: None)
-        head = find_head()  # left out as PEFT leaves it out: often tied to the embeddings
-        chosen = {path: layer for path, layer in layers.items() if layer is not head}
-    elif isinstance(targets, str):
-        chosen = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
-    else:
-        endings = tuple(targets)
-        chosen = {path: layer for path, layer in layers.items() if _ends_with(path, endings)}
-    if not chosen:
-        some = sorted({path.rsplit(".", 1)[-1] for path in layers})
-        raise InputError(f"targets {targets!r} match no linear layer: this model has {some}")
-    return chosen
-
-
 def _ends_with(path: str, endings: Sequence[str]) -> bool:
     return any(path == ending or path.endswith("." + ending) for ending in endings)
 
@@ -511,8 +527,7 @@ def _attach(
         return layer
     adapted = LoRALinear(layer, adapter.r, adapter.alpha, adapter.dropout, adapter.rslora, name)
     adapted.train(layer.training)
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, adapted)
+    model.set_submodule(path, adapted)
     return adapted
 
 

@@ -1,0 +1,220 @@
+"""Merge an adapter into its base: four rungs, and what each of them costs.
+
+An adapter that was trained on 4-bit codes can be shipped in four ways:
+
+1. *Unmerged*: 4-bit base plus adapter file. This is the model that was trained.
+2. *Into the dequantized base*: the same numbers, added up. The answers stay, the size is that of
+   16 bits again.
+3. *Into the original 16-bit base*: the obvious wish, and another model. At step 0 the loss was the
+   *quantized* model's; the adapter learned to live with that rounding, and here it is taken away.
+4. *Re-quantized*: rung 2 or 3 rounded to NF4 once more. Small again, and most of an update is
+   smaller than half the distance between two codes, so it is rounded away.
+
+The choice made here: every merge starts from a freshly loaded model, because a live one may lie.
+On a CPU with AVX512-BF16, bitsandbytes repacks the bytes of a layer at its first evaluation
+forward, and both transformers' `dequantize` and PEFT's `merge_and_unload` then read the repacked
+bytes as NF4, without a word: a loss of 1.90 became 6.32. `loading.load_model` switches the
+repacking off; `dequantize` below refuses a model that came from elsewhere and was repacked. The
+price is one more load from disk for each merge.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_lab.blockwise import dequantize_4bit
+from qlora_lab.errors import InputError
+from qlora_lab.loading import four_bit_layers, load_model, quiet
+from qlora_lab.lora import find_targets
+from qlora_lab.qlora import quantize_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RUNGS = ("unmerged", "dequantized base", "original base", "re-quantized")
+
+
+def dequantized_base(name: str | Path, device: str | None = None) -> PreTrainedModel:
+    """Load a model in 4 bits (NF4, double quantization) and write its weights out again.
+
+    Args:
+        name: A hub name or a folder.
+        device: "cpu" or "cuda"; by default CUDA where there is one.
+
+    Returns:
+        A plain model in the compute dtype; each linear weight is the one that QLoRA trained
+        against.
+
+    Raises:
+        InputError: The model cannot be loaded in 4 bits (see `loading.load_model`).
+    """
+    return dequantize(load_model(name, bits=4, device=device).model)
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a 4-bit model's layers into ordinary ones, in place, unless their bytes were repacked.
+
+    Args:
+        model: A model in bitsandbytes' 4 bits, without adapters.
+
+    Returns:
+        The same model, plain.
+
+    Raises:
+        InputError: The model has no 4-bit layer, or one whose bytes no longer mean its weight.
+
+    Source:
+        transformers `integrations/bitsandbytes.py`, dequantize_and_replace.
+    """
+    layers = four_bit_layers(model)
+    if not layers:
+        raise InputError("the model has no 4-bit layer: there is nothing to dequantize")
+    for path, layer in layers.items():
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise InputError(
+                f"{path} was repacked by an evaluation forward on this CPU and would be read "
+                "wrongly: load the model afresh with qlora_lab.loading.load_model"
+            )
+    dtype = next(iter(layers.values())).weight.quant_state.dtype
+    with quiet():
+        return model.dequantize(dtype=dtype)
+
+
+def merge_into(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    """Add an adapter to a plain base and return a model without any trace of it.
+
+    Args:
+        base: From `dequantized_base` (rung 2), or loaded in 16 bits (rung 3); changed in place.
+        adapter: Folder with an adapter in PEFT's format.
+
+    Returns:
+        The merged model, with the parameters and the size of the base.
+
+    Raises:
+        InputError: The base holds 4-bit codes, or the folder no adapter.
+
+    Source:
+        LoRA (arXiv 2106.09685), section 4.1, "No additional inference latency"; peft
+        `merge_and_unload`.
+    """
+    from peft import PeftModel
+
+    if four_bit_layers(base):
+        raise InputError(
+            "merging into 4-bit codes rounds most of the update away: merge into "
+            "dequantized_base(name), or into the original 16-bit model"
+        )
+    _check_adapter_folder(adapter)
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+
+
+@torch.no_grad()
+def requantize(
+    model: nn.Module,
+    blocksize: int = 64,
+    codebook: str = "nf4",
+    double_quant: bool | str = True,
+) -> nn.Module:
+    """Round every linear weight but the head's to 4 bits and back, in place.
+
+    The result answers as the 4-bit model would, at full size: for measuring, not for shipping.
+
+    Args:
+        model: A plain model.
+        blocksize: Weights per scale, a power of two from 32 to 4096.
+        codebook: "nf4", "fp4" or another 4-bit codebook.
+        double_quant: False, True or "bnb", as in `qlora.quantize_weight`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: The model has no linear layer, or a value is outside what is allowed above.
+    """
+    for layer in find_targets(model, "all-linear").values():
+        quantized = quantize_weight(layer.weight, blocksize, codebook, double_quant)
+        layer.weight.copy_(dequantize_4bit(quantized, layer.weight.dtype))
+    return model
+
+
+def save_merged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Write a merged model as an ordinary 16-bit checkpoint.
+
+    Args:
+        model: From `merge_into`; its own dtype is left as it is.
+        tokenizer: Saved beside it; None: not saved.
+        directory: Folder for the checkpoint; made if absent.
+        dtype: What the weights are stored in: bfloat16, float16 or float32. An update smaller
+            than the rounding step of 16 bits (1/256 of a weight in bfloat16) is lost here.
+
+    Returns:
+        Bytes of the weight files: the old size of the base, whatever the adapter's was.
+
+    Raises:
+        InputError: The model still holds 4-bit codes.
+    """
+    if four_bit_layers(model):
+        raise InputError("the model holds 4-bit codes: merge it first, or save the adapter alone")
+    directory = Path(directory)
+    # A copy, so that the caller's model keeps its precision; `.to` keeps tied weights tied.
+    stored = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    with quiet():
+        stored.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def ladder(
+    name: str | Path,
+    adapter: str | Path,
+    score: Callable[[nn.Module], float],
+    device: str | None = None,
+) -> dict[str, float]:
+    """Measure all four rungs of the merge ladder, each on a freshly loaded model.
+
+    Args:
+        name: The base model: a hub name or a folder.
+        adapter: Folder with an adapter that was trained on this base in 4 bits.
+        score: Called with each model in evaluation mode; returns its loss (or any number).
+        device: "cpu" or "cuda"; by default CUDA where there is one.
+
+    Returns:
+        Rung (one of `RUNGS`) -> score, in that order; "re-quantized" rounds the merge into the
+        original base, which is what "merge, then quantize again to deploy" does.
+
+    Raises:
+        InputError: The model cannot be loaded, or the folder holds no adapter.
+    """
+    from peft import PeftModel
+
+    _check_adapter_folder(adapter)
+
+    def measure(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(score(model.eval()))
+
+    unmerged = load_model(name, bits=4, device=device).model
+    scores = {RUNGS[0]: measure(PeftModel.from_pretrained(unmerged, str(adapter)))}
+    del unmerged  # one model in memory at a time
+    scores[RUNGS[1]] = measure(merge_into(dequantized_base(name, device), adapter))
+    merged = merge_into(load_model(name, bits=16, device=device).model, adapter)
+    scores[RUNGS[2]] = measure(merged)
+    scores[RUNGS[3]] = measure(requantize(merged))
+    return scores
+
+
+def _check_adapter_folder(adapter: str | Path) -> None:
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise InputError(f"no adapter_config.json in {adapter}: give the folder of an adapter")
