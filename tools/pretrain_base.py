@@ -236,16 +236,19 @@ def main() -> None:
     optimizers = [muon, adamw]
     base_rates = [args.lr, args.lr / 5]
     checkpoint = args.out / "checkpoint.pt"
-    step, seconds = 0, 0.0
+    step, seconds, history = 0, 0.0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         step, seconds, rows.place = saved["step"], saved["seconds"], saved["place"]
+        history = saved.get("history", [])
         print(f"resumed at step {step}", flush=True)
     if args.export_now:
-        return export(model, tokenizer, report, args, step, seconds)
+        return export(model, tokenizer, report, args, step, seconds, history)
+    # A run may be resumed with other settings (a longer plan, another rate): say which, and when.
+    history.append([step, "python tools/pretrain_base.py " + " ".join(sys.argv[1:])])
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
@@ -262,6 +265,7 @@ def main() -> None:
                 "step": step,
                 "seconds": seconds,
                 "place": rows.place,
+                "history": history,
             },
             partial,
         )
@@ -304,10 +308,10 @@ def main() -> None:
             print(f"stopped at step {step} of {args.steps}; the same command goes on", flush=True)
             return
     bar.close()
-    export(model, tokenizer, report, args, step, seconds)
+    export(model, tokenizer, report, args, step, seconds, history)
 
 
-def export(model, tokenizer, report, args, step: int, seconds: float) -> None:
+def export(model, tokenizer, report, args, step, seconds, history) -> None:
     """Write the checkpoint in bfloat16, its tokenizer, and how it was made."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -329,7 +333,7 @@ def export(model, tokenizer, report, args, step: int, seconds: float) -> None:
             curve[record["step"]] = record
     weights = (args.export / "model.safetensors").read_bytes()
     training = {
-        "command": "python tools/pretrain_base.py " + " ".join(sys.argv[1:]),
+        "commands": [{"from_step": at, "command": command} for at, command in history],
         "commit": _git("rev-parse", "HEAD"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": args.device,
