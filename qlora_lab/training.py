@@ -116,14 +116,14 @@ class Result:
             },
             "peak_bytes": self.run.peak_bytes,
             "trainable": self.run.trainable,
-            "before": {grade: _summary(s) for grade, s in self.before.items()},
-            "after": {grade: _summary(s) for grade, s in self.after.items()},
+            "before": {grade: score_record(s) for grade, s in self.before.items()},
+            "after": {grade: score_record(s) for grade, s in self.after.items()},
             "losses": [round(x, 5) for x in self.run.losses],
             "provenance": provenance(self.settings["seed"]),
         }
 
 
-def _summary(score: Score) -> dict[str, Any]:
+def score_record(score: Score) -> dict[str, Any]:
     low, high = score.interval()
     return {
         "exact_match": round(score.exact_match, 4),

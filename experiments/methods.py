@@ -1,0 +1,158 @@
+"""Full fine-tuning, 16-bit LoRA and QLoRA by the same harness, over seeds, beside the controls.
+
+    python -m experiments.methods                 # all that is missing; again after a stop
+    python -m experiments.methods --seeds 0 1 2 3 4
+
+Each run writes `results/cpu/methods/<method>-seed<k>.json` (on CUDA: `results/gpu/...`) with
+losses, scores of the six grades, bits per byte on held-out text before and after, and its
+provenance. A file that exists is not made again; delete it to repeat that run. At the end
+`results/cpu/methods/summary.json` collects the exact match of every run.
+
+Beside the three methods: LoRA on a *randomly initialised* base, the base model with four solved
+examples in its prompt, and a regular expression. They answer whether pretraining, training and a
+model are needed at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from qlora_lab.orders import GRADES
+from qlora_lab.provenance import provenance
+
+METHODS = ("qlora", "lora", "full")
+FORGETTING_FILES = 6  # of the held-out files, by name: 10 seconds instead of a minute
+EXAMPLES = 4
+
+
+def one_run(method: str, seed: int, device: str) -> dict:
+    """Fine-tune once and measure; the record is ready for JSON."""
+    from qlora_lab.data import heldout_texts
+    from qlora_lab.evaluation import bits_per_byte
+    from qlora_lab.training import finetune
+
+    texts = list(heldout_texts(FORGETTING_FILES).values())
+    with tempfile.TemporaryDirectory() as folder:
+        name = random_base(Path(folder), seed) if method == "lora-random-base" else None
+        result = finetune(
+            name,
+            "lora" if name else method,
+            seed=seed,
+            device=device,
+            before=False,
+            say=lambda line: print(f"  {line}", flush=True),
+        )
+        record = result.record()
+        record["method"] = method
+        record["heldout_files"] = FORGETTING_FILES
+        after = bits_per_byte(result.model, result.tokenizer, texts)
+        record["bits_per_byte_after"] = round(after, 4)
+    record["provenance"]["command"] = "python -m experiments.methods"
+    print(result.table(), flush=True)
+    return record
+
+
+def random_base(folder: Path, seed: int) -> Path:
+    """The embedded model's architecture and tokenizer with weights that learnt nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_lab import embedded_model
+
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(embedded_model())
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
+    return folder
+
+
+def base_run(device: str) -> dict:
+    """The base model untrained: with no example, with four, and its bits per byte in 16 and 4."""
+    from qlora_lab.data import heldout_texts, load_orders
+    from qlora_lab.evaluation import (
+        bits_per_byte,
+        evaluate_orders,
+        few_shot_prompt,
+        regex_baseline,
+        score,
+    )
+    from qlora_lab.loading import load_model, quiet
+    from qlora_lab.training import score_record
+
+    orders = load_orders()
+    tests = {grade: orders[grade] for grade in GRADES}
+    shown = sorted(orders["train"].select(range(200)), key=lambda row: len(row["text"]))
+    shown = [row for row in shown if not row["correction"]][:EXAMPLES]
+    texts = list(heldout_texts(FORGETTING_FILES).values())
+    model, tokenizer, _ = load_model(bits=16, device=device)
+    with quiet():
+        zero = evaluate_orders(model, tokenizer, tests)
+        few = evaluate_orders(
+            model, tokenizer, tests, make_prompt=lambda text: few_shot_prompt(shown, text)
+        )
+    sixteen = bits_per_byte(model, tokenizer, texts)
+    four = bits_per_byte(*load_model(bits=4, device=device)[:2], texts)
+    regex = {
+        grade: score([regex_baseline(row["text"]) for row in rows], list(rows["answer"]))
+        for grade, rows in tests.items()
+    }
+    return {
+        "method": "controls",
+        "zero_shot": {grade: score_record(s) for grade, s in zero.items()},
+        "few_shot": {grade: score_record(s) for grade, s in few.items()},
+        "regex": {grade: score_record(s) for grade, s in regex.items()},
+        "examples": EXAMPLES,
+        "heldout_files": FORGETTING_FILES,
+        "bits_per_byte": {"16-bit": round(sixteen, 4), "nf4": round(four, 4)},
+        "provenance": provenance(command="python -m experiments.methods"),
+    }
+
+
+def write(path: Path, record: dict) -> None:
+    """Write a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def summarise(folder: Path) -> dict:
+    """Exact match of every run: method -> grade -> one value a seed, in order of the seeds."""
+    summary: dict = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        rows = summary.setdefault(record["method"], {grade: [] for grade in GRADES})
+        for grade in GRADES:
+            rows[grade].append(record["after"][grade]["exact_match"])
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "lora-random-base"])
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    out = args.out or Path("results") / ("cpu" if args.device == "cpu" else "gpu") / "methods"
+    if not (out / "controls.json").exists():
+        print("controls", flush=True)
+        write(out / "controls.json", base_run(args.device))
+    for seed in args.seeds:
+        for method in args.methods:
+            path = out / f"{method}-seed{seed}.json"
+            if not path.exists():
+                print(path.stem, flush=True)
+                write(path, one_run(method, seed, args.device))
+    summary = summarise(out)
+    write(out / "summary.json", summary)
+    for method, grades in summary.items():
+        means = "  ".join(f"{g} {sum(v) / len(v):.1%}" for g, v in grades.items())
+        print(f"{method:<17} {means}")
+
+
+if __name__ == "__main__":
+    main()
