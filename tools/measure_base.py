@@ -93,6 +93,89 @@ def xz_bits_per_byte(training: str, heldout: str) -> float:
     return 8 * (packed(both) - packed(training.encode())) / len(heldout.encode())
 
 
+CARD = """---
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# The embedded base model of QLoRA Lab
+
+A decoder language model of {parameters:,} parameters (`LlamaForCausalLM`: hidden size 256,
+4 layers, 4 heads, feed-forward size 704, context 512, tied embeddings, byte-level BPE of 4,096
+tokens, bfloat16). It exists so that every step of the course runs on a laptop with no network:
+
+```python
+import qlora_lab
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(qlora_lab.embedded_model())
+```
+
+## Data
+
+Python source text that is present wherever the course's requirements are: the standard library
+({core_files} files, {core_mb:.1f} MB), its tests ({tests_files} files, {tests_mb:.1f} MB) and the
+pinned packages ({packages_files} files, {packages_mb:.1f} MB). {dropped} files were dropped because
+they *are* held out, or share with held-out text a normalised function body of six lines or more
+or a run of 50 tokens. The list of dropped files and the corpus hash are in `training.json`.
+
+## Training
+
+{tokens:.1f} million tokens ({steps} steps of 16 rows of 512), {hours:.1f} hours on {device}, seed
+{seed}, by `tools/pretrain_base.py`; the loss curve, versions and every command are in
+`training.json`. The learning rate and the mix of the pools were changed when the run was resumed:
+the commands say at which steps.
+
+## Measured
+
+| what | value |
+|---|---|
+| bits per byte, {files} held-out standard-library modules whole ({kb:.0f} kB), context 512, stride 256 | {bpb:.3f} |
+| `xz -9e` given the same training text, on the same modules | {xz_given:.3f} |
+| `xz -9` alone | {xz_alone:.3f} |
+| greedy completions of 20 prompts fixed before training that parse, have two statements or more and repeat no line three times | {good} of 20 |
+
+Made by `tools/measure_base.py`; all completions are in `measured.json`.
+
+## Limits
+
+It has seen Python and the English of docstrings, and nothing else. It knows no facts, follows no
+instruction and must not be used to write code that anyone runs. Its value is to be trained
+further in two minutes. Results on it carry over to large models in mechanics (what is stored,
+what flows where, what is equal to what), not in rankings of methods.
+
+## Licences
+
+Weights: MIT, as the course's code. The training text is used under the licences of CPython (PSF)
+and of each package. The held-out modules in `../heldout` are CPython's, under the PSF licence
+there.
+"""
+
+
+def card(trained: dict, measured: dict) -> str:
+    """The model card, filled from the two records: no number in it is typed by hand."""
+    pools = trained["corpus"]["pools"]
+    numbers = {}
+    for pool, size in pools.items():
+        numbers[f"{pool}_files"], numbers[f"{pool}_mb"] = size["files"], size["bytes"] / 1e6
+    return CARD.format(
+        parameters=trained["parameters"],
+        dropped=len(trained["corpus"]["dropped"]),
+        tokens=trained["tokens"] / 1e6,
+        steps=trained["steps"],
+        hours=trained["hours"],
+        device="two CPU cores" if trained["device"] == "cpu" else "one GPU",
+        seed=trained["seed"],
+        files=measured["files"],
+        kb=measured["bytes"] / 1e3,
+        bpb=measured["bits_per_byte"],
+        xz_given=measured["xz_with_training_text"],
+        xz_alone=measured["xz_alone"],
+        good=measured["prompts_good"],
+        **numbers,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=None, help="default: the embedded model")
@@ -136,7 +219,10 @@ def main() -> None:
         result["xz_alone"], result["xz_with_training_text"] = round(alone, 4), round(given, 4)
         print(f"xz -9 alone {alone:.3f}, xz -9e given the training text {given:.3f}")
     if args.save:
-        (folder / "measured.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "measured.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        trained = json.loads((folder / "training.json").read_text("utf-8"))
+        if args.xz:
+            (folder / "README.md").write_text(card(trained, result), "utf-8")
 
 
 if __name__ == "__main__":

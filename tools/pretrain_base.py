@@ -12,8 +12,8 @@ Two choices buy most of the quality that a CPU can afford:
 
 * Muon (orthogonalised momentum) for the weight matrices, AdamW for the embedding and the norms.
 * A constant learning rate that falls linearly to zero over the last part of the run, while the
-  mix turns from mostly packages to mostly standard library: the text nearest to the held-out
-  modules comes last, when the rate is low and is remembered best.
+  mix turns to nearly all standard library: the text nearest to the held-out modules comes
+  last, when the rate is low and is remembered best.
 
 Everything is under `--out` (default `runs/pretrain`): corpus cache, tokenizer, `checkpoint.pt`
 (replaced atomically), `curve.jsonl`. The export goes to `--export` at the end only.
@@ -48,9 +48,7 @@ SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 # A line break and the indentation after it are one piece: code is then a fifth shorter.
 # Words carry one leading space, dot or underscore; digits stand alone, as quantities must copy.
 SPLIT = r"(?:[ \t]*\n)+[ \t]*|[ ._]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
-# Rows of a step from (core, tests, packages): while the rate is constant, and while it falls.
-MIX_STABLE = (6, 3, 7)
-MIX_DECAY = (11, 2, 3)
+ROWS = 16  # rows of a step, mixed from (core, tests, packages)
 
 
 def train_tokenizer(pools: dict[str, list[str]]) -> Tokenizer:
@@ -207,6 +205,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 8192 tokens")
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the run")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate; AdamW takes a fifth")
+    parser.add_argument("--mix", type=int, nargs=3, default=(10, 2, 4), help="while constant")
+    parser.add_argument("--decay-mix", type=int, nargs=3, default=(13, 1, 2), help="while it falls")
     parser.add_argument("--micro", type=int, default=4, help="rows a forward pass, of 16 a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -216,6 +216,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=None, help="stop here, to resume later")
     parser.add_argument("--export-now", action="store_true", help="export the checkpoint as it is")
     args = parser.parse_args()
+    if sum(args.mix) != ROWS or sum(args.decay_mix) != ROWS:
+        parser.error(f"a mix must have {ROWS} rows in all, got {args.mix} and {args.decay_mix}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     pools, tokenizer, report = prepare(args.out, args.seed)
@@ -280,7 +282,7 @@ def main() -> None:
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        batch = rows.take(MIX_DECAY if step >= decay_from else MIX_STABLE).to(args.device)
+        batch = rows.take(args.decay_mix if step >= decay_from else args.mix).to(args.device)
         batch = batch[torch.randperm(len(batch), generator=torch.Generator().manual_seed(step))]
         parts = batch.split(args.micro)
         total = 0.0
@@ -340,7 +342,7 @@ def export(model, tokenizer, report, args, step, seconds, history) -> None:
         "seed": args.seed,
         "steps": step,
         "planned_steps": args.steps,
-        "tokens": step * sum(MIX_STABLE) * CONTEXT,
+        "tokens": step * ROWS * CONTEXT,
         "hours": round(seconds / 3600, 2),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
