@@ -149,7 +149,7 @@ what flows where, what is equal to what), not in rankings of methods.
 Weights: MIT, as the course's code. The training text is used under the licences of CPython (PSF)
 and of each package. The held-out modules in `../heldout` are CPython's, under the PSF licence
 there.
-"""
+"""  # noqa: E501 - a Markdown table row is one line
 
 
 def card(trained: dict, measured: dict) -> str:
