@@ -55,6 +55,11 @@ def load_orders(splits: Iterable[str] = SPLITS, folder: str | Path | None = None
         InputError: If a split is unknown or its file is missing.
     """
     from datasets import load_dataset
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     folder = _ASSETS / "orders" if folder is None else Path(folder)
     files = {}
@@ -65,7 +70,13 @@ def load_orders(splits: Iterable[str] = SPLITS, folder: str | Path | None = None
         if not path.is_file():
             raise InputError(f"{path} is missing; make it with python -m tools.make_orders")
         files[split] = str(path)
-    return load_dataset("json", data_files=files)
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()  # a second's work: a bar would only clutter a notebook
+    try:
+        return load_dataset("json", data_files=files)
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 def heldout_texts(limit: int | None = None) -> dict[str, str]:

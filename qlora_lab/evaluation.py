@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +36,8 @@ from qlora_lab.orders import MODIFIERS, NUMBERS, SIZES, to_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The longest answer of the shipped test sets has 148 tokens.
-MAX_NEW_TOKENS = 192
+MAX_NEW_TOKENS = 160
+SPARE_TOKENS = 32  # room for one item too many: a wrong answer, but still valid JSON
 FIELDS = ("name", "count", "size", "item", "with")
 
 # --- 1. Answers ------------------------------------------------------------------------------
@@ -58,9 +59,10 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | Sequence[int] = MAX_NEW_TOKENS,
     batch_size: int = 120,
     one_line: bool = True,
+    must_start: str = "",
 ) -> list[str]:
     """Continue each prompt greedily, many at a time.
 
@@ -72,9 +74,12 @@ def generate(
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Texts to continue, each of one token or more.
-        max_new_tokens: Bound on the length of an answer.
+        max_new_tokens: Bound on the length of an answer, for all or for each. Prompts with similar
+            bounds then share a batch, and the batch takes the largest.
         batch_size: Prompts at a time.
         one_line: Also stop at the first line break. What comes after it is cut.
+        must_start: End an answer at its first token if that does not begin with this. An answer
+            that is wrong from the start costs one step then instead of `max_new_tokens`.
 
     Returns:
         The continuations, without special tokens, in the order of the prompts.
@@ -83,52 +88,67 @@ def generate(
         InputError: If a prompt is empty or leaves no room in the model's context.
     """
     encoded = [_encode_prompt(tokenizer, text) for text in prompts]
-    _check_room(model, encoded, max_new_tokens)
-    stops = _stop_tokens(tokenizer, one_line)
-    longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    one_bound = isinstance(max_new_tokens, int)
+    bounds = [max_new_tokens] * len(encoded) if one_bound else list(max_new_tokens)
+    order = sorted(range(len(encoded)), key=lambda i: (bounds[i], len(encoded[i])), reverse=True)
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stops += _tokens_where(tokenizer, lambda token: one_line and "\n" in token)
+    starts = _tokens_where(tokenizer, lambda token: token.lstrip().startswith(must_start))
     answers = [""] * len(encoded)
     with evaluating(model):
-        for first in range(0, len(encoded), batch_size):
-            rows = longest_first[first : first + batch_size]
+        for rows in batches:
+            longest, bound = max(len(encoded[i]) for i in rows), max(bounds[i] for i in rows)
+            _check_room(model, longest, bound)
             ids, mask = _pad_left([encoded[i] for i in rows], tokenizer.pad_token_id or 0)
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=bound,
                 do_sample=False,
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id or 0,
+                stopping_criteria=[_wrong_start(longest, starts)] if must_start else None,
             )
-            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text.split("\n")[0] if one_line else text
     return answers
 
 
 def _encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _ids(tokenizer, text)
     if not ids:
         raise InputError("the prompt is empty; give the model at least one token to continue")
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
 
-def _check_room(model: PreTrainedModel, encoded: list[list[int]], max_new_tokens: int) -> None:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: whole files are longer than the context, and that is meant
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _check_room(model: PreTrainedModel, longest: int, bound: int) -> None:
     context = model.config.max_position_embeddings
-    longest = max((len(ids) for ids in encoded), default=0)
-    if longest + max_new_tokens > context:
+    if longest + bound > context:
         raise InputError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit into the "
-            f"context of {context}; shorten the prompt or lower max_new_tokens"
+            f"a prompt of {longest} tokens and an answer of {bound} do not fit into the context "
+            f"of {context}; shorten the prompt or lower max_new_tokens"
         )
 
 
-def _stop_tokens(tokenizer: PreTrainedTokenizerBase, one_line: bool) -> list[int]:
-    """The end token and, for one-line answers, every token that contains a line break."""
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if one_line:
-        tokens = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        stops += [i for i, token in enumerate(tokens) if "\n" in token]
-    return stops
+def _tokens_where(tokenizer: PreTrainedTokenizerBase, test: Callable[[str], bool]) -> list[int]:
+    tokens = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [i for i, token in enumerate(tokens) if test(token)]
+
+
+def _wrong_start(prompt_length: int, starts: list[int]) -> Callable[..., torch.Tensor]:
+    """A stopping criterion: rows whose first new token is none of `starts` are done."""
+
+    def wrong(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return ~torch.isin(ids[:, prompt_length], torch.tensor(starts, device=ids.device))
+
+    return wrong
 
 
 def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,12 +284,13 @@ def evaluate_orders(
     grades: Mapping[str, Iterable[Mapping[str, str]]],
     batch_size: int = 120,
     make_prompt: Callable[[str], str] = prompt,
-    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, Score]:
     """Let a model answer test sets and score each.
 
-    All sets are answered together, so that batches hold rows of similar length whatever set they
-    are from.
+    All sets are answered together, and rows with answers of similar length share a batch whatever
+    set they are from, so that few steps are spent on a batch's last row. Two kinds of answer are
+    cut short because they cannot be right any more: one that does not begin with a brace, and
+    one that is `SPARE_TOKENS` longer than the longest right answer of its batch.
 
     Args:
         model: A causal language model.
@@ -277,14 +298,14 @@ def evaluate_orders(
         grades: Rows with "text" and "answer" by grade, such as `load_orders(GRADES)`.
         batch_size: Prompts at a time.
         make_prompt: From a sentence to a prompt; `prompt` is what training uses.
-        max_new_tokens: Bound on the length of an answer.
 
     Returns:
         The `Score` of each grade.
     """
     rows = [(grade, row["text"], row["answer"]) for grade, part in grades.items() for row in part]
     prompts = [make_prompt(text) for _, text, _ in rows]
-    predictions = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
+    bounds = [SPARE_TOKENS + len(_ids(tokenizer, answer)) for _, _, answer in rows]
+    predictions = generate(model, tokenizer, prompts, bounds, batch_size, must_start="{")
     scores = {}
     for grade in grades:
         mine = [i for i, row in enumerate(rows) if row[0] == grade]
@@ -330,7 +351,7 @@ def text_bits(
     for i, text in enumerate(texts):
         if not text:
             raise InputError(f"text {i} is empty; leave it out")
-        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids = [start, *_ids(tokenizer, text)]
         windows += [(i, ids[a:b], new) for a, b, new in _spans(len(ids), context, stride)]
     windows.sort(key=lambda window: -len(window[1]))  # equal lengths together: little padding
     bits = [0.0] * len(texts)
@@ -476,6 +497,25 @@ def paired_difference(
 
 
 # --- 5. Controls -----------------------------------------------------------------------------
+
+
+def few_shot_examples(
+    rows: Iterable[Mapping[str, str]], count: int = 4, longest: int = 110
+) -> list[Mapping[str, str]]:
+    """Pick solved examples for `few_shot_prompt`: the first short ones that show a modifier.
+
+    Four of them, a long order and its answer fit together into a context of 512.
+
+    Args:
+        rows: Training rows.
+        count: How many to pick.
+        longest: Characters of an example's answer.
+
+    Returns:
+        The picked rows, each with one item and no correction.
+    """
+    short = (row for row in rows if len(row["answer"]) <= longest and not row["correction"])
+    return list(islice((row for row in short if '"with":[]' not in row["answer"]), count))
 
 
 def few_shot_prompt(examples: Iterable[Mapping[str, str]], text: str) -> str:

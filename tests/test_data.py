@@ -34,7 +34,7 @@ def altered(tokenizer, **attributes):
 # --- loading ---------------------------------------------------------------------------------
 
 
-def test_shipped_splits_load(tmp_path, monkeypatch):
+def test_shipped_splits_load():
     splits = data.load_orders()
     assert set(splits) == {"train", "validation", *orders.GRADES}
     assert splits["pairs"].num_rows >= 100
@@ -42,10 +42,12 @@ def test_shipped_splits_load(tmp_path, monkeypatch):
     assert all(json.loads(answer) for answer in splits["copying"]["answer"])
 
 
-def test_own_files_load(tmp_path):
+def test_own_files_load_without_a_word(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     row = orders.make_rows("pairs", 1)[0]
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert data.load_orders(["pairs"], tmp_path)["pairs"][0] == row
+    assert capfd.readouterr() == ("", "")  # no progress bar in a notebook's output
 
 
 def test_unknown_or_missing_split(tmp_path):

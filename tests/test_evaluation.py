@@ -26,7 +26,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def rows():
     """Answers of different lengths: a line, a word, an order."""
-    short = [{"text": f"{n} teas", "answer": "x" * n} for n in range(1, 10)]
+    short = [{"text": f"{n} teas", "answer": "abcdefghi"[:n]} for n in range(1, 10)]
     several = {"text": "two teas and more", "answer": SEVERAL_LINES}
     return [*short, several, *orders.make_rows("pairs", 4)]
 
@@ -86,6 +86,28 @@ def test_one_line_answers_stop_at_the_line_break(model, tokenizer):
 def test_the_bound_on_new_tokens_holds(tokenizer):
     (answer,) = evaluation.generate(tiny_model(seed=1), tokenizer, ["# a\n"], 7, one_line=False)
     assert len(tokenizer(answer)["input_ids"]) <= 7 or len(answer.encode()) <= 7 * 8
+
+
+def test_bounds_can_differ_by_prompt(model, tokenizer, rows):
+    prompts = [data.prompt(row["text"]) for row in rows[:4]]
+    whole = evaluation.generate(model, tokenizer, prompts, 60)
+    mixed = evaluation.generate(model, tokenizer, prompts, [60, 1, 60, 1], batch_size=2)
+    assert mixed[0::2] == whole[0::2]
+    assert all(full.startswith(cut) for full, cut in zip(whole[1::2], mixed[1::2], strict=True))
+
+
+def test_answers_that_start_wrong_end_at_once(model, tokenizer, rows, monkeypatch):
+    prompts = [data.prompt(row["text"]) for row in rows]
+    whole = evaluation.generate(model, tokenizer, prompts, 100)
+    checked = evaluation.generate(model, tokenizer, prompts, 100, must_start="{")
+    assert {text[0] for text in whole} == {"a", "y", "{"}
+    for full, text in zip(whole, checked, strict=True):
+        assert text == full if full.startswith("{") else len(tokenizer(text)["input_ids"]) == 1
+    steps = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    evaluation.generate(model, tokenizer, prompts[:9], 100, must_start="{")
+    assert len(steps) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -193,7 +215,7 @@ def test_evaluate_orders_scores_each_grade(model, tokenizer, rows):
     known = rows[10:]
     unknown = orders.make_rows("copying", 3)
     scores = evaluation.evaluate_orders(
-        model, tokenizer, {"known": known, "unknown": unknown}, batch_size=3, max_new_tokens=100
+        model, tokenizer, {"known": known, "unknown": unknown}, batch_size=3
     )
     assert scores["known"].exact_match == 1.0 and scores["unknown"].exact_match < 1.0
     assert scores["known"].predictions == [row["answer"] for row in known]
@@ -348,6 +370,15 @@ def test_few_shot_prompt_ends_where_the_answer_begins():
     ]
     assert text.endswith("\n")
     assert evaluation.few_shot_prompt([], "two teas") == data.prompt("two teas")
+
+
+def test_few_shot_examples_leave_room_for_the_longest_order():
+    rows = orders.make_rows("train", 100)
+    examples = evaluation.few_shot_examples(rows)
+    assert len(examples) == 4 and all(row in rows for row in examples)
+    for row in examples:
+        (item,) = json.loads(row["answer"])["items"]
+        assert item["with"] and not row["correction"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def tiny_model(seed: int = 0, context: int = 128) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def learn_by_heart(model: LlamaForCausalLM, rows: list[dict], steps: int = 80) -> None:
+def learn_by_heart(model: LlamaForCausalLM, rows: list[dict], steps: int = 100) -> None:
     """Train until the model answers these rows, so that answers end at different lengths."""
     tokenizer = tiny_tokenizer()
     encoded = [data.encode(tokenizer, row["text"], row["answer"]) for row in rows]
