@@ -62,6 +62,7 @@ _MODULES = (
     "orders",
     "paged_optimizer",
     "plots",
+    "provenance",
     "qlora",
     "training",
 )

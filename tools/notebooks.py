@@ -8,6 +8,7 @@ rest, so that a diff shows changes and nothing else.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import nbformat
@@ -89,3 +90,36 @@ def write(path: Path, notebook: nbformat.NotebookNode) -> None:
     text = nbformat.writes(notebook)
     text = json.dumps(json.loads(text), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def kernel_environment(folder: Path) -> dict[str, str]:
+    """Return the environment in which a chapter's kernel runs, the same on every machine.
+
+    Args:
+        folder: An empty folder, in place of the user's own IPython profile and Jupyter settings.
+
+    Returns:
+        This process's variables, without what would change a result or a message.
+    """
+    environment = {name: value for name, value in os.environ.items() if not _disturbs(name)}
+    return environment | {
+        "CUDA_VISIBLE_DEVICES": "",  # the stored outputs are the CPU's
+        "HF_HUB_OFFLINE": "1",
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_CONFIG_DIR": str(folder / "jupyter"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONUTF8": "1",
+    }
+
+
+def _disturbs(name: str) -> bool:
+    return name in {
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "PYTHONSTARTUP",
+        "PYTHONWARNINGS",
+        "MPLBACKEND",  # the kernel chooses its own
+        "MATPLOTLIBRC",
+        "FAST",
+    }

@@ -1,0 +1,282 @@
+"""What a chapter's file has to be, whatever its subject: run, clean, readable, and stamped.
+
+The cells themselves are run again and compared by nbval (`make test`). nbval has a blind spot: a
+notebook with cleared outputs passes, with nothing compared. These tests close it, and hold the
+rules that nbval knows nothing of. Each rule is a function over a notebook that returns what is
+wrong; a planted fault shows for each that it can fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import nbformat
+import pytest
+
+from tools import bootstrap_cell, run_notebooks
+from tools.notebooks import ROOT, chapters, clean, read
+from tools.set_url import configured_url
+
+MAX_LINES = 25
+MAX_IGNORED = 3  # cells with nbval-ignore-output: each is a cell that proves nothing
+CHAPTERS = chapters()
+TAGS = {
+    "remove-cell",
+    "hide-input",
+    "nbval-ignore-output",
+    "nbval-skip",
+    "raises-exception",
+}
+
+# Paths of some machine, as Linux, macOS and Windows write them.
+PATHS = re.compile(
+    r"(?<![\w.:/<])/(?:home|root|Users|usr|tmp|var|opt|work|mnt|private)/[\w.-]+"
+    r"|\b[A-Za-z]:\\\\?[\w .-]+\\"
+)
+WARNING = re.compile(r"\b\w*Warning\b:|\[W\d{3,}|WARNING:")
+# MyST means something on the web pages and nothing in Colab or on GitHub.
+MYST = [
+    (re.compile(r"^\s*(:{3,}|`{3,})\{", re.MULTILINE), "a directive"),
+    (re.compile(r"\{[a-z][a-z:-]*\}`"), "a role"),
+    (re.compile(r"^\([\w-]+\)=\s*$", re.MULTILINE), "a target"),
+    (re.compile(r"^\+\+\+", re.MULTILINE), "a cell break"),
+    (re.compile(r"\{\{.*?\}\}"), "a substitution"),
+]
+PICTURE = re.compile(r"!\[(?P<alt>[^\]]*)\]\([^)]*\)|<img\b(?P<attributes>[^>]*)>")
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    for index, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            yield index, output
+
+
+def texts(output):
+    """Every piece of text in an output."""
+    if output.output_type == "stream":
+        yield output.text
+    for kind, content in output.get("data", {}).items():
+        if not kind.startswith("image/"):
+            yield content if isinstance(content, str) else str(content)
+
+
+def not_executed(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    wanted = list(range(1, len(counts) + 1))
+    return [] if counts == wanted else [f"execution counts are {counts}, not {wanted}"]
+
+
+def shows_errors_or_warnings(notebook):
+    problems = []
+    for index, output in outputs(notebook):
+        if output.output_type == "error":
+            problems.append(f"cell {index}: error {output.ename}")
+        if output.get("name") == "stderr":
+            problems.append(f"cell {index}: stderr {output.text[:80]!r}")
+        problems += [f"cell {index}: warning" for text in texts(output) if WARNING.search(text)]
+    return problems
+
+
+def shows_paths(notebook):
+    return [
+        f"cell {index}: {match[0]}"
+        for index, output in outputs(notebook)
+        for text in texts(output)
+        for match in PATHS.finditer(text)
+    ]
+
+
+def uses_myst(notebook):
+    problems = []
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type != "markdown":
+            continue
+        text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$", "", cell.source, flags=re.DOTALL)
+        text = re.sub(r"(?<!\})`[^`\n]+`", "", text)  # code may hold braces; a role's span stays
+        problems += [f"cell {index}: {what}" for rule, what in MYST if rule.search(text)]
+    return problems
+
+
+def has_long_cells(notebook):
+    return [
+        f"cell {index}: {len(cell.source.splitlines())} lines"
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "code" and len(cell.source.splitlines()) > MAX_LINES
+    ]
+
+
+def lacks_alt_text(notebook):
+    problems = []
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            for match in PICTURE.finditer(cell.source):
+                alt = match["alt"] or re.search(r'\balt="([^"]+)"', match["attributes"] or "")
+                if not alt:
+                    problems.append(f"cell {index}: {match[0][:60]}")
+    for index, output in outputs(notebook):
+        for kind in ("image/png", "image/jpeg"):
+            if kind in output.get("data", {}):
+                alt = output.metadata.get(kind, {}).get("alt", "")
+                if len(alt) < 15:
+                    problems.append(f"cell {index}: output with alt text {alt!r}")
+    return problems
+
+
+def stores_svg(notebook):
+    # nbval compares SVG as text, and matplotlib's differs from run to run.
+    return [
+        f"cell {index}: SVG"
+        for index, output in outputs(notebook)
+        if "image/svg+xml" in output.get("data", {}) or any("<svg" in t for t in texts(output))
+    ]
+
+
+def ignores_too_much(notebook):
+    ignored = [c for c in notebook.cells if "nbval-ignore-output" in c.metadata.get("tags", [])]
+    problems = [] if len(ignored) <= MAX_IGNORED else [f"{len(ignored)} cells ignore their output"]
+    for index, cell in enumerate(notebook.cells):
+        unknown = set(cell.metadata.get("tags", [])) - TAGS
+        problems += [f"cell {index}: unknown tag {tag}" for tag in sorted(unknown)]
+        if "nbval-skip" in cell.metadata.get("tags", []):
+            problems.append(f"cell {index}: nbval-skip runs nothing")
+    return problems
+
+
+def lacks_bootstrap(notebook):
+    wrong = bootstrap_cell.differs(notebook, configured_url())
+    return ["the first cell differs: python -m tools.bootstrap_cell"] if wrong else []
+
+
+def needs_more_than_colab(notebook):
+    return [
+        f"cell {index}: {name}"
+        for index, cell in enumerate(code_cells(notebook))
+        for name in ("myst_nb", "ipywidgets", "google.colab import")
+        if re.search(rf"^\s*(from|import) {re.escape(name)}", cell.source, re.MULTILINE)
+    ]
+
+
+def states_no_run_time(notebook):
+    stated = run_notebooks.stated_seconds(notebook.cells[0].source)
+    return [] if stated else ["the first cell does not say `run: about 15 seconds`"]
+
+
+def is_not_clean(notebook):
+    return [] if clean(copy.deepcopy(notebook)) == notebook else ["not as tools.notebooks.write"]
+
+
+RULES = [
+    not_executed,
+    shows_errors_or_warnings,
+    shows_paths,
+    uses_myst,
+    has_long_cells,
+    lacks_alt_text,
+    stores_svg,
+    ignores_too_much,
+    lacks_bootstrap,
+    needs_more_than_colab,
+    states_no_run_time,
+    is_not_clean,
+]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_chapter(path, rule):
+    assert rule(read(path)) == []
+
+
+def test_every_notebook_is_a_chapter_of_the_book():
+    from tools.book import expected_pages
+
+    listed = [page for page in expected_pages() if page.startswith("notebooks/")]
+    assert listed == [path.relative_to(ROOT).with_suffix("").as_posix() for path in CHAPTERS]
+
+
+# The rules can fail: a good notebook breaks none, and each planted fault is found by its rule.
+
+
+def good_notebook():
+    v4 = nbformat.v4
+    picture = v4.new_output(
+        "display_data",
+        {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"},
+        metadata={"image/png": {"alt": "A line that rises and then falls."}},
+    )
+    notebook = v4.new_notebook(
+        cells=[
+            v4.new_markdown_cell("# Chapter\n\nRead: 5 minutes · run: about 10 seconds"),
+            v4.new_code_cell("x = 1", execution_count=2),
+            v4.new_markdown_cell("Set $\\frac{a}{b}$ and `{x}`. ![A bell curve](bell.png)"),
+            v4.new_code_cell(
+                "plot(x)",
+                execution_count=3,
+                outputs=[picture, v4.new_output("stream", name="stdout", text="1 / 2 = 0.5\n")],
+            ),
+        ]
+    )
+    bootstrap_cell.stamp(notebook, configured_url())
+    bootstrap_cell.first_code_cell(notebook).execution_count = 1
+    return clean(notebook)
+
+
+def stream(text, name="stdout"):
+    return nbformat.v4.new_output("stream", name=name, text=text)
+
+
+def last(notebook):
+    return notebook.cells[-1]
+
+
+FAULTS = {
+    "cleared outputs": (not_executed, lambda n: last(n).update(execution_count=None)),
+    "run out of order": (not_executed, lambda n: last(n).update(execution_count=9)),
+    "stderr": (shows_errors_or_warnings, lambda n: last(n).outputs.append(stream("x", "stderr"))),
+    "warning": (
+        shows_errors_or_warnings,
+        lambda n: last(n).outputs.append(stream("UserWarning: no gradient")),
+    ),
+    "linux path": (shows_paths, lambda n: last(n).outputs.append(stream("in /home/ann/qlora"))),
+    "mac path": (shows_paths, lambda n: last(n).outputs.append(stream("/Users/ann/x.json"))),
+    "windows path": (
+        shows_paths,
+        lambda n: last(n).outputs.append(stream(r"saved to C:\Users\Ann Lee\runs\a")),
+    ),
+    "directive": (uses_myst, lambda n: n.cells[0].update(source="```{note}\nx\n```")),
+    "colon directive": (uses_myst, lambda n: n.cells[0].update(source=":::{tip}\nx\n:::")),
+    "citation": (uses_myst, lambda n: n.cells[0].update(source="see {cite}`hu2022lora`")),
+    "target": (uses_myst, lambda n: n.cells[0].update(source="(here)=\n# T")),
+    "long cell": (has_long_cells, lambda n: last(n).update(source="\n".join(["x = 1"] * 26))),
+    "figure without alt": (lacks_alt_text, lambda n: last(n).outputs[0].update(metadata={})),
+    "picture without alt": (lacks_alt_text, lambda n: n.cells[0].update(source="![](a.png)")),
+    "img without alt": (lacks_alt_text, lambda n: n.cells[0].update(source='<img src="a.png">')),
+    "svg": (stores_svg, lambda n: last(n).outputs[0].data.update({"image/svg+xml": "<svg/>"})),
+    "skipped cell": (ignores_too_much, lambda n: last(n).metadata.update(tags=["nbval-skip"])),
+    "misspelt tag": (ignores_too_much, lambda n: last(n).metadata.update(tags=["nbval-ignore"])),
+    "changed bootstrap": (lacks_bootstrap, lambda n: n.cells[1].update(source="import torch")),
+    "book only import": (
+        needs_more_than_colab,
+        lambda n: last(n).update(source="from myst_nb import glue"),
+    ),
+    "no run time": (states_no_run_time, lambda n: n.cells[0].update(source="# Chapter")),
+    "machine metadata": (is_not_clean, lambda n: n.metadata.language_info.update(version="3.11.7")),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_good_notebook_breaks_no_rule(rule):
+    assert rule(good_notebook()) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault):
+    rule, plant = FAULTS[fault]
+    notebook = good_notebook()
+    plant(notebook)
+    assert rule(notebook) != []
