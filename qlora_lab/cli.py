@@ -52,20 +52,20 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("finetune", help="fine-tune a model and show what it learnt")
     add.set_defaults(run=_finetune)
-    _model_options(add)
+    _model_options(add, bits=False)  # the method says how many
     add.add_argument("--method", default="qlora", help="qlora (default), 8bit, lora or full")
     add.add_argument("--r", type=int, default=16, help="rank of the adapters (default 16)")
     add.add_argument("--alpha", type=float, help="scale of the adapters (default 2 r)")
     add.add_argument("--dropout", type=float, default=0.0, help="of the adapters (default 0)")
     add.add_argument("--lr", type=float, help="learning rate (default: the method's)")
-    add.add_argument("--steps", type=int, default=None, help="optimizer steps (default 200)")
+    add.add_argument("--steps", type=int, help="optimizer steps (default: enough for the orders)")
     add.add_argument("--batch-size", type=int, default=16, help="rows a forward pass (default 16)")
     add.add_argument("--accumulation", type=int, default=1, help="forward passes a step")
     add.add_argument("--optim", help="a Trainer optimizer, e.g. paged_adamw_8bit")
     add.add_argument("--checkpointing", action="store_true", help="recompute activations")
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--data", type=Path, help='your rows: JSONL with "text" and "answer"')
-    add.add_argument("--test", type=Path, help="rows of the same form to measure on")
+    add.add_argument("--test", type=Path, help="orders of the same form, to measure on")
     add.add_argument("--output", type=Path, help="new folder (default: runs/finetune-N)")
     add.add_argument("--save-every", type=int, help="steps between checkpoints")
     add.add_argument("--resume", action="store_true", help="go on with an unfinished --output")
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("evaluate", help="measure an adapter, or a base, on the six grades")
     add.set_defaults(run=_evaluate)
     add.add_argument("adapter", type=Path, nargs="?", help="folder of a run (default: the base)")
-    add.add_argument("--test", type=Path, help="your own rows instead of the six grades")
+    add.add_argument("--test", type=Path, help="your own orders instead of the six grades")
     _model_options(add)
 
     add = commands.add_parser("memory", help="predict the bytes of a run")
@@ -95,10 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser, bits: bool = True) -> None:
     parser.add_argument("--model", default=None, help="hub name or folder (default: embedded)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if present)")
-    if parser.prog.split()[-1] != "finetune":
+    if bits:
         parser.add_argument("--bits", type=int, default=4, help="4 (default), 8 or 16")
 
 
@@ -108,8 +108,9 @@ def _finetune(arguments: argparse.Namespace) -> None:
         if not arguments.data:
             raise InputError("--test without --data would train on the orders; give both")
         rows = read_rows(arguments.data)
-        tests = {arguments.test.stem: read_rows(arguments.test)} if arguments.test else {}
-    # Looked up before the heavy imports: a wrong folder should not cost ten seconds to hear of.
+        tests = _own_tests(arguments.test) or {}
+    if arguments.resume and not arguments.output:
+        raise InputError("--resume needs --output, the folder of the unfinished run")
     output = arguments.output or next_folder(RUNS, "finetune")
 
     from qlora_lab.training import STEPS, finetune
@@ -176,16 +177,20 @@ def _show(result, asked: bool) -> None:
 def _ask(arguments: argparse.Namespace) -> None:
     folder = arguments.adapter or newest_adapter(RUNS)
     from qlora_lab.data import prompt
+
+    asked = prompt(arguments.text)  # an empty one is refused before the heavy imports
+
     from qlora_lab.evaluation import generate
+    from qlora_lab.loading import quiet
     from qlora_lab.training import load_adapter
 
-    asked = prompt(arguments.text)
     loaded = load_adapter(folder, arguments.model, bits=arguments.bits, device=arguments.device)
-    print(generate(loaded.model, loaded.tokenizer, [asked])[0])
+    with quiet():
+        print(generate(loaded.model, loaded.tokenizer, [asked])[0])
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    tests = {arguments.test.stem: read_rows(arguments.test)} if arguments.test else None
+    tests = _own_tests(arguments.test)
     from qlora_lab.data import load_orders
     from qlora_lab.evaluation import evaluate_orders
     from qlora_lab.loading import load_model, quiet
@@ -207,15 +212,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _memory(arguments: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
-    from qlora_lab import embedded_model
+    from qlora_lab.loading import LOAD_ERRORS, cannot_load, find
     from qlora_lab.memory import ledger
 
-    name = arguments.model or embedded_model()
+    name = find(arguments.model)
     try:
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        hint = "give a folder with config.json, or a hub name while there is a network"
-        raise InputError(f"{name!r} has no configuration to read; {hint}") from error
+    except LOAD_ERRORS as error:
+        raise cannot_load(name, error) from error
     print(
         ledger(
             config,
@@ -229,40 +233,71 @@ def _memory(arguments: argparse.Namespace) -> None:
     )
 
 
-def read_rows(path: Path) -> list[dict]:
+def _own_tests(path: Path | None) -> dict[str, list[dict]] | None:
+    return {path.stem: read_rows(path, orders=True)} if path else None
+
+
+def read_rows(path: Path, orders: bool = False) -> list[dict]:
     """Read JSONL rows with "text" and "answer".
 
     Args:
         path: The file, UTF-8, one JSON object a line.
+        orders: Whether the answers must be orders, as the evaluation compares their fields.
 
     Returns:
         The rows as dictionaries.
 
     Raises:
-        InputError: If the file cannot be read, is empty, or a line is not such an object; the
-            message names the line.
+        InputError: If the file cannot be read, is empty, or a line is not such a row; the message
+            names the line.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        content = Path(path).read_text("utf-8-sig")  # Windows editors put a mark at the beginning
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path} line {number} is not JSON; one object a line") from error
-        fields = [row.get(key) for key in ("text", "answer")] if isinstance(row, dict) else [None]
-        if not all(isinstance(value, str) for value in fields):
-            raise InputError(f'{path} line {number} needs the strings "text" and "answer"')
-        rows.append(row)
+    # Not splitlines(): it also breaks at U+2028, which may stand inside a JSON string.
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(_read_row(line, orders))
+            except InputError as error:
+                raise InputError(f"{path} line {number}: {error}") from error
     if not rows:
         raise InputError(f"{path} holds no rows; write one JSON object a line")
     return rows
+
+
+def _read_row(line: str, orders: bool) -> dict:
+    from qlora_lab.data import prompt
+
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError("this is not JSON; write one object a line") from error
+    fields = [row.get(key) for key in ("text", "answer")] if isinstance(row, dict) else [None]
+    if not all(isinstance(value, str) and value.strip() for value in fields):
+        raise InputError('an object needs the strings "text" and "answer", neither empty')
+    prompt(row["text"])  # refuses what the template cannot hold
+    if orders and not _is_order(row["answer"]):
+        raise InputError("this answer is no order; see qlora_lab/assets/orders/pairs.jsonl")
+    return row
+
+
+def _is_order(answer: str) -> bool:
+    try:
+        order = json.loads(answer)
+    except ValueError:
+        return False
+    items = order.get("items") if isinstance(order, dict) else None
+    return (
+        isinstance(items, list)
+        and len(items) > 0
+        and all(isinstance(i, dict) and {"count", "size", "item", "with"} <= set(i) for i in items)
+        and "name" in order
+    )
 
 
 def next_folder(root: Path, stem: str) -> Path:

@@ -23,23 +23,38 @@ Loading elsewhere and guarding later would be one forward pass too late, hence o
 from __future__ import annotations
 
 import logging
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from qlora_lab import embedded_model
 from qlora_lab.errors import InputError
+from qlora_lab.provenance import without_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What `from_pretrained` raises for a name or a folder that is no good.
+LOAD_ERRORS = (OSError, ValueError, SafetensorError)
+
 BITS = (4, 8, 16)
+# How saved files name the embedded model: a path that means the same on every machine.
+EMBEDDED = "qlora_lab/assets/model"
 # Padding must be a token that is neither the end nor ever a target. Checkpoints without a
 # padding token reserve such tokens under these names.
-SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
+SPARE_TOKENS = (
+    "<|finetune_right_pad_id|>",  # Llama 3
+    "<|reserved_special_token_0|>",
+    "<|fim_pad|>",  # Qwen 2.5
+    "<|padding|>",  # Pythia
+    "<pad>",
+    "<unk>",  # Llama 2, Mistral
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Report:
     """What was loaded, and why so.
 
     Attributes:
-        name: Hub name or folder.
+        name: Hub name or folder, without this machine's folders; `EMBEDDED` for that model.
         bits: 4, 8 or 16.
         scheme: Such as "NF4, blocks of 64, double quantization".
         device: "cpu" or "cuda".
@@ -78,7 +93,7 @@ class Report:
     def __str__(self) -> str:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         lines = [
-            f"{Path(self.name).name}: {self.parameters:,} parameters in {self.scheme}",
+            f"{self.name}: {self.parameters:,} parameters in {self.scheme}",
             f"  computes in {dtype}: {self.reason}",
             f"  {self.total_bytes / 1e6:,.2f} MB on {self.device}, "
             f"{self.constant_bytes / 1e6:,.2f} MB of it quantization constants",
@@ -130,7 +145,7 @@ def load_model(
     """Load a causal language model and its tokenizer, guarded.
 
     Args:
-        name: A hub name or a folder; the embedded model by default.
+        name: A hub name or a folder; the embedded model by default and under the name `EMBEDDED`.
         bits: 4 (NF4 or FP4 weights), 8 (LLM.int8) or 16 (as stored; float32 on a CPU).
         device: "cpu" or "cuda"; by default CUDA where there is one.
         quant_type: "nf4" or "fp4", for 4 bits.
@@ -153,7 +168,7 @@ def load_model(
 
     device = device or default_device()
     _check(bits, device, quant_type)
-    name = str(name) if name is not None else str(embedded_model())
+    name = find(name)
     dtype, reason = choose_dtype(device)
     if compute_dtype is not None:
         dtype, reason = compute_dtype, "it was asked for"
@@ -164,14 +179,13 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, quantization_config=config, device_map={"": device}
             )
-    except OSError as error:
-        hint = "give a folder with config.json, or a hub name while there is a network"
-        raise InputError(f"{name!r} cannot be loaded; {hint}") from error
+    except LOAD_ERRORS as error:
+        raise cannot_load(name, error) from error
     give_padding(tokenizer)
     guarded = guard(model)
     model.eval()
     report = Report(
-        name=name,
+        name=without_folders(portable_name(name)),
         bits=bits,
         scheme=scheme,
         device=device,
@@ -183,6 +197,42 @@ def load_model(
         guarded=guarded,
     )
     return Loaded(model, tokenizer, report)
+
+
+def find(name: str | Path | None) -> str:
+    """Where to load a base from.
+
+    Args:
+        name: A hub name, a folder, or None. A path that ends in `EMBEDDED` and is not here (an
+            adapter may come from another machine) means the embedded model of this one.
+
+    Returns:
+        A folder of this machine, or a hub name.
+    """
+    if name is None or (portable_name(name) == EMBEDDED and not Path(name).is_dir()):
+        return str(embedded_model())
+    return str(name)
+
+
+def portable_name(name: str | Path) -> str:
+    """Name a base in a way that also holds elsewhere: `EMBEDDED` for the embedded model.
+
+    Args:
+        name: A hub name or a path with slashes or backslashes, from any machine.
+
+    Returns:
+        `EMBEDDED` if the path ends so, otherwise the name as it was given.
+    """
+    slashed = f"/{name}".replace("\\", "/").rstrip("/")
+    return EMBEDDED if slashed.endswith(f"/{EMBEDDED}") else str(name)
+
+
+def cannot_load(name: str, error: Exception) -> InputError:
+    """Say in one line that a base cannot be loaded; for a folder that is there, also why."""
+    reason = str(error).strip().partition("\n")[0]
+    why = f" ({reason})" if Path(name).is_dir() else ""
+    hint = "give a folder with config.json, or a hub name while there is a network"
+    return InputError(f"{name!r} cannot be loaded{why}; {hint}")
 
 
 def _check(bits: int, device: str, quant_type: str) -> None:
@@ -218,7 +268,7 @@ def _quantization(bits, quant_type, double_quant, dtype, storage):
 
 @contextmanager
 def quiet():
-    """Keep bitsandbytes' and transformers' notes on loading off the screen.
+    """Keep the libraries' notes on loading, and on each other's old names, off the screen.
 
     They differ between CPUs and terminals, so a notebook's stored output would too. Errors are
     raised, not logged, and pass through.
@@ -232,7 +282,9 @@ def quiet():
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers renamed
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -307,14 +359,17 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def constant_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all quantization constants: scales, second-level scales, offsets, code tables.
+    """Bytes of all quantization constants of a freshly loaded model.
 
-    The two code tables (16 and 256 float32 values) are counted once a layer, as stored.
+    In 4 bits: scales, second-level scales, offsets and the two code tables (16 and 256 float32
+    values, of which each layer has a copy). In 8 bits: one float32 scale for each row.
     """
     total = 0
     for layer in four_bit_layers(model).values():
         state = layer.weight.quant_state
         for part in (state, state.state2) if state.nested else (state,):
-            tensors = [part.absmax, part.code, getattr(part, "offset", None)]
-            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            total += sum(t.nbytes for t in vars(part).values() if isinstance(t, torch.Tensor))
+    for parameter in model.parameters():
+        scales = getattr(parameter, "SCB", None)  # on the weight until the first forward pass
+        total += 0 if scales is None else scales.nbytes
     return total

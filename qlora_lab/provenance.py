@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
@@ -37,6 +38,21 @@ def provenance(seed: int | None = None, command: str | None = None) -> dict[str,
         "date": datetime.now(UTC).date().isoformat(),
         "command": command or _command(),
     }
+
+
+def without_folders(name: str) -> str:
+    """Cut an absolute path down to its last part, so that no folder of this machine is recorded.
+
+    Args:
+        name: A path of Linux, macOS or Windows, or anything else.
+
+    Returns:
+        The last part of an absolute path; anything else (a hub name, a relative path) unchanged.
+    """
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute():
+            return path.name
+    return name
 
 
 def _device() -> dict[str, Any]:
@@ -66,7 +82,8 @@ def _cpu() -> str:
 
 def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query)
+    found = _output(query)
+    return found.splitlines()[0] if found else None  # one line for each GPU
 
 
 def _version(name: str) -> str | None:
@@ -79,10 +96,12 @@ def _version(name: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the repository that this package lies in, with a mark if it was changed."""
     here = Path(__file__).resolve().parent
-    commit = _output(["git", "-C", str(here), "rev-parse", "HEAD"])
-    if commit is None:
+    git = ["git", "-C", str(here)]
+    # An installed copy may lie in the environment of another repository, whose commit says nothing.
+    if _output([*git, "rev-parse", "--show-prefix"]) != f"{here.name}/":
         return None
-    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--", "."])
+    commit = _output([*git, "rev-parse", "HEAD"])
+    changed = _output([*git, "status", "--porcelain", "--", "."])
     return f"{commit} with changes" if changed else commit
 
 
@@ -95,8 +114,16 @@ def _output(command: list[str]) -> str | None:
 
 
 def _command() -> str:
-    program = Path(sys.argv[0]).name
+    program = without_folders(sys.argv[0])
+    if program.startswith("ipykernel"):
+        return "a notebook"
+    words = [program]
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None:
-        program = f"python -m {spec.name.removesuffix('.__main__')}"
-    return " ".join([program, *sys.argv[1:]])
+        words = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif program.endswith(".py"):
+        words = ["python", program]
+    for argument in sys.argv[1:]:
+        option, equals, value = argument.rpartition("=")  # --output=/tmp/run as well as /tmp/run
+        words.append(f"{option}{equals}{without_folders(value)}")
+    return shlex.join(words)

@@ -12,26 +12,37 @@ few settings on which runs fail quietly:
 Four methods share all of it, so that a difference between them is one of method: "qlora" (4 bits
 and adapters), "8bit", "lora" (16 bits and adapters), "full" (every weight is trained, no
 adapter). Choices: adapters are held in float32 although the base is smaller, because an update of
-1e-5 on a bfloat16 number near 1 is rounded away; the gradient is clipped at 0.3 as in the paper
-for large models and at 1.0 here, where it is rarely reached.
+1e-5 on a bfloat16 number near 1 is rounded away. The gradient is clipped at 1.0, where a small
+model rarely gets; the paper clips at 0.3, for models of 7B and more. What can be refused is refused
+before the first measurement, not minutes later, and a folder that holds anything is never written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from qlora_lab.data import collator, encode_rows, load_orders
 from qlora_lab.errors import InputError
 from qlora_lab.evaluation import Score, evaluate_orders
-from qlora_lab.loading import Report, load_model, quiet
+from qlora_lab.loading import (
+    Loaded,
+    Report,
+    default_device,
+    load_model,
+    portable_name,
+    quiet,
+)
 from qlora_lab.orders import GRADES
 from qlora_lab.provenance import provenance
 
@@ -105,7 +116,6 @@ class Result:
         """Everything measured, with provenance, as plain values for JSON."""
         report = asdict(self.report)
         report["compute_dtype"] = str(self.report.compute_dtype)
-        report["name"] = Path(self.report.name).name
         return {
             "method": self.method,
             "settings": self.settings,
@@ -118,7 +128,7 @@ class Result:
             "trainable": self.run.trainable,
             "before": {grade: score_record(s) for grade, s in self.before.items()},
             "after": {grade: score_record(s) for grade, s in self.after.items()},
-            "losses": [round(x, 5) for x in self.run.losses],
+            "losses": [round(x, 6) for x in self.run.losses],
             "provenance": provenance(self.settings["seed"]),
         }
 
@@ -156,20 +166,15 @@ def attach_adapter(
         The `PeftModel`, with its adapter parameters in float32 and requiring gradients.
 
     Raises:
-        InputError: If the rank is not between 1 and the smallest layer dimension.
+        InputError: If the rank is not between 1 and the smallest layer dimension, the dropout is
+            no probability, or no layer has the names asked for.
 
     Source:
         Hu et al. 2021 (LoRA), section 4; Dettmers et al. 2023 (QLoRA), section 4: all layers.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    smallest = min(
-        min(m.in_features, m.out_features)
-        for name, m in model.named_modules()
-        if hasattr(m, "in_features") and "lm_head" not in name
-    )
-    if not 1 <= r <= smallest:
-        raise InputError(f"rank {r} is not possible; choose 1 to {smallest}, the narrowest layer")
+    check_adapter(model, r, dropout)
     quantized = getattr(model, "is_quantized", False)
     if quantized:
         # It freezes the base and holds norms, embedding and head in float32 for stability.
@@ -188,7 +193,33 @@ def attach_adapter(
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        with quiet():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"no layer can be adapted by targets={targets!r}; see model") from error
+
+
+def check_adapter(model: torch.nn.Module, r: int, dropout: float = 0.0) -> None:
+    """Refuse a rank or a dropout that no adapter of this model can have.
+
+    Args:
+        model: The base.
+        r: Rank, 1 to the smallest dimension of a linear layer; above it nothing is gained.
+        dropout: A probability, 0 to less than 1.
+
+    Raises:
+        InputError: If one of them is outside.
+    """
+    smallest = min(
+        min(m.in_features, m.out_features)
+        for name, m in model.named_modules()
+        if hasattr(m, "in_features") and "lm_head" not in name
+    )
+    if not 1 <= r <= smallest:
+        raise InputError(f"rank {r} is not possible; choose 1 to {smallest}, the narrowest layer")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout} is not possible; choose 0 to less than 1")
 
 
 def train(
@@ -242,7 +273,8 @@ def train(
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    _check_positive(steps=steps, batch_size=batch_size, accumulation=accumulation, lr=lr)
+    _check_numbers(steps, batch_size, accumulation, lr, seed, save_every)
+    _check_optimizer(optim)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise InputError("nothing is trainable; attach an adapter, or train all weights")
@@ -254,8 +286,10 @@ def train(
     dataset = encode_rows(tokenizer, rows, max_length)
     cuda = next(model.parameters()).device.type == "cuda"
     dtype = _compute_dtype(model)
+    # The Trainer makes its folder even if it has nothing to save.
+    unsaved = tempfile.TemporaryDirectory() if output is None else None
     arguments = TrainingArguments(
-        output_dir=str(output or "runs/unsaved"),
+        output_dir=unsaved.name if unsaved else str(output),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -281,14 +315,13 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
-    recorder = _recorder(steps, progress)
     with quiet():
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
             data_collator=collator(tokenizer),
-            callbacks=[recorder],
+            callbacks=[_callback(steps, progress)],
         )
         trainer.remove_callback(PrinterCallback)
         if cuda:
@@ -297,13 +330,34 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    return Run(recorder.losses, seconds, trainable, peak)
+    if unsaved:
+        unsaved.cleanup()
+    # The Trainer's history, since after a resume it also holds the steps before.
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Run(losses, seconds, trainable, peak)
 
 
-def _check_positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not value > 0:
-            raise InputError(f"{name}={value} is not positive; choose a number above 0")
+def _check_numbers(
+    steps: int, batch_size: int, accumulation: int, lr: float, seed: int, save_every: int | None
+) -> None:
+    positive = {"steps": steps, "batch_size": batch_size, "accumulation": accumulation, "lr": lr}
+    if save_every is not None:
+        positive["save_every"] = save_every
+    for name, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise InputError(f"{name}={value} is not possible; choose a number above 0")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed} is not possible; choose 0 to {2**32 - 1}")
+
+
+def _check_optimizer(optim: str) -> None:
+    from transformers.training_args import OptimizerNames
+
+    if optim not in [name.value for name in OptimizerNames]:
+        raise InputError(
+            f"optim {optim!r} is unknown; choose one of the Trainer's, such as adamw_torch, "
+            "paged_adamw_32bit, paged_adamw_8bit or sgd"
+        )
 
 
 def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -319,25 +373,20 @@ def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def _recorder(steps: int, progress: bool):
-    """A Trainer callback that keeps every loss and shows one bar."""
+def _callback(steps: int, progress: bool):
+    """What the Trainer calls: one bar with the loss, and checkpoints that name no folder."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
-    class Recorder(TrainerCallback):
-        def __init__(self):
-            self.losses: list[float] = []
-            self.bar = None
-
+    class Callback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             self.bar = tqdm(
                 total=steps, initial=state.global_step, disable=not progress, desc="training"
             )
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "loss" in logs:
-                self.losses.append(float(logs["loss"]))
-                self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+            if "loss" in (logs or {}):
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update()
@@ -345,7 +394,10 @@ def _recorder(steps: int, progress: bool):
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
 
-    return Recorder()
+        def on_save(self, args, state, control, **kwargs):
+            make_portable(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Callback()
 
 
 def last_complete_checkpoint(folder: str | Path | None) -> Path | None:
@@ -353,7 +405,8 @@ def last_complete_checkpoint(folder: str | Path | None) -> Path | None:
 
     The Trainer writes a checkpoint file by file into its final folder, `trainer_state.json`
     last, and its own `get_last_checkpoint` takes the highest number even if the machine died
-    half way. Here a checkpoint counts if its state can be read and names its step.
+    half way. Here a checkpoint counts if its state can be read and names its step, and if no
+    file of it was cut off.
 
     Args:
         folder: Where the `checkpoint-N` folders are.
@@ -361,18 +414,29 @@ def last_complete_checkpoint(folder: str | Path | None) -> Path | None:
     Returns:
         The newest complete one, or None.
     """
-    if folder is None or not Path(folder).is_dir():
-        return None
     complete = {}
-    for path in Path(folder).glob("checkpoint-*"):
+    for path in Path(folder).glob("checkpoint-*") if folder is not None else ():
         try:
             state = json.loads((path / "trainer_state.json").read_text("utf-8"))
             step = int(path.name.removeprefix("checkpoint-"))
         except (OSError, ValueError):
             continue
-        if state.get("global_step") == step:
+        if state.get("global_step") == step and all(map(_is_whole, path.iterdir())):
             complete[step] = path
     return complete[max(complete)] if complete else None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of weights or of state ends where its own table of contents says."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+    if file.suffix in (".pt", ".pth"):  # torch.save writes a zip file, its directory at the end
+        return zipfile.is_zipfile(file)
+    return True
 
 
 def finetune(
@@ -420,7 +484,7 @@ def finetune(
         before: Also measure before training.
         output: New folder for the adapter and the record; nothing is saved without it.
         save_every: Steps between checkpoints, in `output`.
-        resume: Go on in `output` from its newest complete checkpoint.
+        resume: Go on in `output` from its newest complete checkpoint, with the same settings.
         progress: Show progress on a terminal.
         say: Called with a line of text at each stage.
 
@@ -428,21 +492,44 @@ def finetune(
         The `Result`, with the trained model in it.
 
     Raises:
-        InputError: If an argument is out of range, or `output` already holds a finished run.
+        InputError: If an argument is out of range, or `output` holds anything that this run is not
+            resuming; in both cases before anything is measured or written.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
-    folder = None if output is None else prepare_output(output, resume)
-    lr = LEARNING_RATE[method] if lr is None else lr
-    torch.manual_seed(seed)
     full = method == "full"
+    lr = LEARNING_RATE[method] if lr is None else lr
+    device = device or default_device()
+    if optim is None:
+        optim = "paged_adamw_32bit" if device == "cuda" else "adamw_torch"
+    _check_numbers(steps, batch_size, accumulation, lr, seed, save_every)
+    _check_optimizer(optim)
+    if (save_every or resume) and output is None:
+        raise InputError("checkpoints need a folder; give output=...")
+    folder = None if output is None else check_output(output, resume)
+
     compute_dtype = torch.float32 if full else None
     loaded = load_model(name, METHODS[method], device=device, compute_dtype=compute_dtype)
     model, tokenizer, report = loaded
     say(str(report))
+    if not full:
+        check_adapter(model, r, dropout)
     orders = load_orders() if rows is None or tests is None else {}
     rows = orders["train"] if rows is None else rows
     tests = {grade: orders[grade] for grade in GRADES} if tests is None else tests
+    settings = {
+        "method": method,
+        "base": report.name,
+        "r": None if full else r,
+        "alpha": None if full else (2 * r if alpha is None else alpha),
+        "dropout": None if full else dropout,
+        "lr": lr,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "optim": optim,
+        "seed": seed,
+    }
     batch = 120 if report.device == "cpu" else 360
 
     seconds = 0.0
@@ -450,13 +537,13 @@ def finetune(
     if before and tests:
         say("measuring the base model, before training")
         first, seconds = _timed_evaluation(model, tokenizer, tests, batch)
+    if folder is not None:
+        claim(folder, settings, resume)
     torch.manual_seed(seed)  # the same adapters whether or not something was measured before
     if not full:
         model = attach_adapter(model, r, alpha, dropout, checkpointing=checkpointing)
     elif checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if optim is None:
-        optim = "paged_adamw_32bit" if report.device == "cuda" else "adamw_torch"
     run = train(
         model,
         tokenizer,
@@ -477,16 +564,6 @@ def finetune(
         say("measuring again, after training")
         after, more = _timed_evaluation(model, tokenizer, tests, batch)
         seconds += more
-    settings = {
-        "r": None if full else r,
-        "alpha": None if full else (2 * r if alpha is None else alpha),
-        "dropout": dropout,
-        "lr": lr,
-        "steps": steps,
-        "batch_size": batch_size * accumulation,
-        "optim": optim,
-        "seed": seed,
-    }
     result = Result(method, report, run, first, after, folder, seconds, settings, model, tokenizer)
     if folder is not None:
         save(result, folder)
@@ -500,30 +577,66 @@ def _timed_evaluation(model, tokenizer, tests, batch) -> tuple[dict[str, Score],
     return scores, time.perf_counter() - start
 
 
-def prepare_output(output: str | Path, resume: bool = False) -> Path:
-    """Make the folder of a run, and refuse one that already holds a finished run.
+def check_output(output: str | Path, resume: bool = False) -> Path:
+    """Refuse a folder that holds anything, unless it holds an unfinished run to go on with.
 
     Args:
-        output: The folder.
-        resume: Whether an unfinished run in it is to be gone on with.
+        output: The folder; it need not exist.
+        resume: Whether the run in it is to be gone on with.
 
     Returns:
-        The folder as a path.
+        The folder as a path. Nothing is written yet.
 
     Raises:
-        InputError: If it is not empty (without `resume`) or cannot be made.
+        InputError: If it holds a finished run, is not empty (without `resume`), is no folder, or
+            holds no complete checkpoint (with `resume`).
     """
     folder = Path(output)
     if (folder / "result.json").exists():
         raise InputError(f"{folder} already holds a finished run; choose another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        filled = any(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{folder} cannot be used as a folder: {error.strerror}") from error
-    if filled and not resume:
+    if resume and last_complete_checkpoint(folder) is None:
+        raise InputError(f"{folder} holds no complete checkpoint to resume from")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a new folder as --output")
+    if folder.exists() and any(folder.iterdir()) and not resume:
         raise InputError(f"{folder} is not empty; choose another --output, or --resume in it")
     return folder
+
+
+def claim(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> None:
+    """Make the folder of a run its own by writing `settings.json` into it.
+
+    Two runs may have been sent to one folder at the same time: the file is created exclusively,
+    so the second stops before it has written anything. A resumed run reads it instead, because
+    other settings would go on with a schedule or with adapters of another shape.
+
+    Args:
+        folder: Made if absent.
+        settings: Plain values for JSON.
+        resume: Whether the settings must be there already, and equal.
+
+    Raises:
+        InputError: If another run has the folder, the settings differ, or it cannot be made.
+    """
+    file = folder / "settings.json"
+    try:
+        if resume:
+            begun = json.loads(file.read_text("utf-8"))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8") as out:
+                json.dump(settings, out, indent=1)
+            return
+    except FileExistsError as error:
+        raise InputError(f"{folder} belongs to another run; choose another --output") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be used; choose another --output") from error
+    for key, value in settings.items():
+        if begun.get(key) != value:
+            raise InputError(
+                f"the run in {folder} was begun with {key}={begun.get(key)}, not {value}; "
+                "resume it with the same settings"
+            )
 
 
 def save(result: Result, folder: Path) -> None:
@@ -535,45 +648,64 @@ def save(result: Result, folder: Path) -> None:
     with quiet():
         result.model.save_pretrained(target)
         result.tokenizer.save_pretrained(target)
+    make_portable(target)
     partial = folder / "result.json.part"
     partial.write_text(json.dumps(result.record(), indent=1) + "\n", "utf-8")
     os.replace(partial, folder / "result.json")
 
 
-def load_adapter(folder: str | Path, name: str | Path | None = None, **loading: Any):
+def make_portable(folder: Path) -> None:
+    """Take this machine's folder of the embedded model out of a saved adapter.
+
+    PEFT writes the path that the base was loaded from into `adapter_config.json`, where it names
+    the base (and would name nothing on another machine), and into a model card that is otherwise
+    an empty form. The name is replaced by a portable one, the card removed.
+
+    Args:
+        folder: An adapter or a checkpoint; one without an adapter is left as it is.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text("utf-8"))
+    base = config.get("base_model_name_or_path") or ""
+    config["base_model_name_or_path"] = portable_name(base)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(folder: str | Path, name: str | Path | None = None, **loading: Any) -> Loaded:
     """Load a base and put a saved adapter on it, for use.
 
     Args:
-        folder: The `adapter` folder of a run.
-        name: The base; by default the one that the adapter names, if it can be found, else the
-            embedded model.
+        folder: The folder of a run, or the `adapter` folder in it.
+        name: The base; by default the one that the adapter names.
         **loading: Further arguments of `load_model`.
 
     Returns:
         `Loaded(model, tokenizer, report)`; the model is a `PeftModel` in evaluation mode.
 
     Raises:
-        InputError: If the folder holds no adapter.
+        InputError: If the folder holds no adapter, or one for a base of another shape.
     """
     from peft import PeftModel
 
-    from qlora_lab.loading import Loaded
-
     folder = Path(folder)
-    if (folder / "adapter" / "adapter_config.json").is_file():
+    if (folder / "adapter").is_dir():
         folder = folder / "adapter"
+    if (folder / "model" / "config.json").is_file():
+        raise InputError(f"{folder} holds a whole model; load {folder / 'model'} as the base")
     config = folder / "adapter_config.json"
     if not config.is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter; give the adapter folder of a finished run")
-    if name is None:
-        asked = json.loads(config.read_text("utf-8")).get("base_model_name_or_path") or ""
-        # An adapter made on the embedded model names a folder of the machine that made it.
-        name = None if _is_embedded(asked) else asked
-    loaded = load_model(name, **loading)
-    with quiet():
-        model = PeftModel.from_pretrained(loaded.model, str(folder))
+    try:
+        named = json.loads(config.read_text("utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{config} is damaged: it names no base model") from error
+    loaded = load_model(named if name is None else name, **loading)
+    try:
+        with quiet():
+            model = PeftModel.from_pretrained(loaded.model, str(folder))
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} does not fit {loaded.report.name}; is it the base?") from error
     return Loaded(model.eval(), loaded.tokenizer, loaded.report)
-
-
-def _is_embedded(name: str) -> bool:
-    return name.replace("\\", "/").endswith("qlora_lab/assets/model")
