@@ -26,7 +26,6 @@ import itertools
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -264,6 +263,7 @@ def _lloyd_medians(count: int, mass: list[float]) -> list[float]:
     return values
 
 
+@lru_cache(maxsize=64)
 def codebook(name: str) -> tuple[float, ...]:
     """Look a codebook up by name.
 
@@ -290,7 +290,8 @@ def codebook(name: str) -> tuple[float, ...]:
     )
 
 
-def midpoints(values: Sequence[float]) -> tuple[float, ...]:
+@lru_cache(maxsize=64)
+def midpoints(values: tuple[float, ...]) -> tuple[float, ...]:
     """Compute the borders between neighbouring values, as 32-bit floats.
 
     A scaled weight takes the code of the interval it falls in; exactly on a border it takes the

@@ -11,7 +11,7 @@ What remains is 8 bits a scale plus one 32-bit number for 256 scales: 8/64 + 32/
 bits a weight instead of 0.5, and the weights' error grows by about a thousandth.
 
 The choice made here: round to the nearest value, which is what the words above say. bitsandbytes'
-CPU kernel rounds through a table and lands up to three codes away for about one scale in 600; the
+CPU kernel rounds through a table and lands up to four codes away for about one scale in 600; the
 module `bnb_compat` reproduces that, for the tests that compare bytes, and nothing else needs it.
 
 This module knows only vectors of scales, not weights; `blockwise` calls it.
@@ -76,9 +76,11 @@ def quantize_absmax(absmax: Tensor, blocksize: int = BLOCKSIZE) -> QuantizedAbsm
     Source:
         Dettmers et al., "QLoRA", section 3, Double Quantization.
     """
-    offset, absmax2, scaled = center_and_scale(absmax, blocksize)
-    codes = torch.bucketize(scaled, _borders(absmax.device), out_int32=True).to(torch.uint8)
-    return QuantizedAbsmax(codes, absmax2, offset, blocksize)
+    offset, blocks, absmax2 = center(absmax, blocksize)
+    # A block of zeros (a tensor with a single scale always is one) would divide 0 by 0.
+    scaled = torch.where(absmax2 > 0, blocks / absmax2, 0.0)
+    codes = torch.bucketize(scaled, borders(absmax.device), out_int32=True).to(torch.uint8)
+    return QuantizedAbsmax(codes.view(-1)[: len(absmax)], absmax2.view(-1), offset, blocksize)
 
 
 def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
@@ -95,16 +97,16 @@ def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
     return values * second + quantized.offset
 
 
-def center_and_scale(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean and divide each block by its largest magnitude: steps 1 and 2.
+def center(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the mean, cut into blocks, and find each block's largest magnitude.
 
     Args:
         absmax: float32, shape (scales,), finite.
         blocksize: scales per block, 1 or more.
 
     Returns:
-        The offset, shape (); the second-level scales, shape (ceil(scales / blocksize),); and the
-        scaled values in [-1, 1], shape (scales,), zero in a block that is all zero.
+        The mean, shape (); the centered scales, shape (blocks, blocksize), the last block filled
+        up with zeros; the blocks' largest magnitudes, shape (blocks, 1).
 
     Raises:
         InputError: if `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
@@ -115,15 +117,10 @@ def center_and_scale(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor
         raise InputError(f"blocksize={blocksize!r}: scales are quantized in blocks of 1 or more")
     offset = absmax.mean()
     if not torch.isfinite(offset):
-        raise InputError("absmax holds NaN, infinity, or values whose mean overflows float32")
-    centered = absmax - offset
-    scales = len(centered)
-    padded = torch.nn.functional.pad(centered, (0, -scales % blocksize)).view(-1, blocksize)
-    absmax2 = padded.abs().amax(dim=1)
-    # A block of zeros (a tensor with a single scale always is one) would divide 0 by 0.
-    reciprocal = torch.where(absmax2 > 0, 1 / absmax2, 0.0)
-    scaled = (padded * reciprocal[:, None]).clamp(-1, 1)
-    return offset, absmax2, scaled.view(-1)[:scales]
+        raise InputError("absmax holds NaN or infinity, or its mean overflows: scales are finite")
+    centered = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % blocksize))
+    blocks = centered.view(-1, blocksize)
+    return offset, blocks, blocks.abs().amax(dim=1, keepdim=True)
 
 
 @lru_cache(maxsize=8)
@@ -133,5 +130,6 @@ def map_tensor(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _borders(device: torch.device) -> Tensor:
+def borders(device: torch.device) -> Tensor:
+    """Return the 255 midpoints between its values as a float32 tensor on `device`."""
     return torch.tensor(midpoints(dynamic_map()), dtype=torch.float32, device=device)
