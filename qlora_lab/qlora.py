@@ -19,7 +19,6 @@ module reproduces.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_lab.blockwise import DTYPES, QuantizedTensor, dequantize_4bit, quantize_4bit
+from qlora_lab.bnb_compat import quantize_4bit_bnb
 from qlora_lab.double_quant import QuantizedAbsmax
 from qlora_lab.errors import InputError
 from qlora_lab.lora import LoRALinear, find_targets
@@ -266,12 +266,9 @@ def quantize_weight(
     """
     if double_quant not in (False, True, "bnb"):
         raise InputError(f"double_quant={double_quant!r}: use True, False or 'bnb'")
-    quantized = quantize_4bit(weight, blocksize, codebook, double_quant=double_quant is True)
     if double_quant == "bnb":
-        from qlora_lab.bnb_compat import quantize_absmax_bnb
-
-        quantized = replace(quantized, absmax=quantize_absmax_bnb(quantized.absmax))
-    return quantized
+        return quantize_4bit_bnb(weight, blocksize, codebook)
+    return quantize_4bit(weight, blocksize, codebook, double_quant)
 
 
 def _take_apart(quantized: QuantizedTensor) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_lora import assert_layers_agree, pair
 from test_qlora import (
+    ALPHA,
+    R,
     assert_gradients_agree,
     assert_losses_agree,
     assert_weights_equal,
@@ -16,6 +18,8 @@ from test_qlora import (
     gradients,
     ours_by_name,
     reference,
+    their_gradients,
+    their_losses,
     train,
 )
 
@@ -63,56 +67,52 @@ def test_a_whole_matrix_with_the_wrong_sign_fails(matrix):
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    return reference(embedded_base())
+def base() -> str:
+    return embedded_base()
 
 
 @pytest.fixture(scope="module")
-def their_gradients():
-    return gradients(reference(embedded_base()))
+def theirs(base):
+    return reference(base)
 
 
-@pytest.fixture(scope="module")
-def their_losses():
-    return train(reference(embedded_base()))
-
-
-def test_leaving_out_double_quantization_fails_all_three(theirs, their_gradients, their_losses):
-    def ours():
-        return from_scratch(embedded_base(), theirs, double_quant=False)
-
+def test_leaving_out_double_quantization_fails_all_three(base, theirs):
     with pytest.raises(AssertionError):
-        assert_weights_equal(ours(), theirs)
+        assert_weights_equal(from_scratch(base, theirs, double_quant=False), theirs)
+    ours = from_scratch(base, theirs, double_quant=False)
     with pytest.raises(AssertionError):
-        assert_gradients_agree(gradients(ours()), their_gradients)
+        assert_gradients_agree(gradients(ours), their_gradients(base))
+    ours = from_scratch(base, theirs, double_quant=False)
     with pytest.raises(AssertionError):
-        assert_losses_agree(train(ours()), their_losses)
+        assert_losses_agree(train(ours), their_losses(base))
 
 
-def test_a_wrong_alpha_fails_in_the_model(theirs, their_gradients, their_losses):
-    def ours():
-        model = from_scratch(embedded_base(), theirs)
-        for layer in ours_by_name(model).values():
-            layer.adapters["default"] = Adapter(16, 31)
-        return model
-
+def test_a_wrong_alpha_fails_in_the_model(base, theirs):
+    ours = from_scratch(base, theirs)
+    for layer in ours_by_name(ours).values():
+        layer.adapters["default"] = Adapter(R, 1.001 * ALPHA)
     with pytest.raises(AssertionError):
-        assert_gradients_agree(gradients(ours()), their_gradients)
+        assert_gradients_agree(gradients(ours), their_gradients(base))
+
+
+def test_one_sign_fails_in_the_model(base, theirs):
+    ours = from_scratch(base, theirs)
+    ours_by_name(ours)["model.layers.3.mlp.up_proj"].lora_A["default"].data[2, 7] *= -1
     with pytest.raises(AssertionError):
-        assert_losses_agree(train(ours()), their_losses)
+        assert_gradients_agree(gradients(ours), their_gradients(base))
 
 
-def test_one_flipped_code_fails(theirs, their_gradients):
-    ours = from_scratch(embedded_base(), theirs)
+def test_one_flipped_code_fails(base, theirs):
+    ours = from_scratch(base, theirs)
     packed = ours_by_name(ours)["model.layers.1.self_attn.v_proj"].base.packed
     packed[1000] ^= 0x80  # the top bit of a high nibble: the other half of the codebook
     with pytest.raises(AssertionError, match="model.layers.1.self_attn.v_proj"):
         assert_weights_equal(ours, theirs)
     with pytest.raises(AssertionError):
-        assert_gradients_agree(gradients(ours), their_gradients)
+        assert_gradients_agree(gradients(ours), their_gradients(base))
 
 
-def test_a_model_without_gradients_is_not_accepted(their_gradients):
-    nothing = {name: torch.zeros_like(g) for name, g in their_gradients.items()}
+def test_a_model_without_gradients_is_not_accepted(base):
+    nothing = {name: torch.zeros_like(g) for name, g in their_gradients(base).items()}
     with pytest.raises(AssertionError, match="nothing is compared"):
         assert_gradients_agree(nothing, nothing)
