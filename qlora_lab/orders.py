@@ -161,6 +161,16 @@ NEW_CORRECTIONS = {
     "drop": ("oh, and leave out the {mod}", "no, without {mod}"),
 }
 
+# --- How hard it is: every dial in one place -------------------------------------------------
+
+TRAIN_ITEMS = {1: 70, 2: 23, 3: 7}  # share of training (and "seen") orders by number of items
+TEST_ITEMS = {1: 75, 2: 25}  # the same for the other grades
+LONG_ITEMS = (4,)  # numbers of items in "longer"; all above what training has
+TRAIN_CORRECTIONS = 0.15  # share of training orders that take something back
+NEW_CORRECTION_SHARE = 0.5  # share of "corrections" that training shows nothing like
+PHRASING_WEIGHTS = (1, 1, 1)  # shares of the three steps of NEW_FRAMES in "phrasings"
+WAYS = {"before": 66, "after": 17, "of them": 17}  # where the size and the number stand
+
 GRADES = ("seen", "pairs", "phrasings", "copying", "longer", "corrections")
 GRADE_MEANING = {
     "seen": "names, items, (name, item) pairs and sentences all known; the order is new",
@@ -247,7 +257,7 @@ def say_item(rng: random.Random, item: Order) -> str:
     with honey"; the first is twice as common as the others together.
     """
     count, size, noun = item["count"], item["size"], _plural(item["item"], item["count"])
-    way = rng.choices(("before", "after", "of them"), weights=(66, 17, 17))[0]
+    way = _weighted(rng, WAYS)
     if count == 1 and way == "of them":  # nobody says "a latte, one of them"
         way = "before"
     number = str(count) if rng.random() < 0.3 else NUMBERS[count - 1]
@@ -312,6 +322,7 @@ def correct(rng: random.Random, order: Order, kind: str, phrase: str) -> tuple[s
     order = json.loads(json.dumps(order))
     last = order["items"][-1]
     others = {item["item"] for item in order["items"]}
+    added = [mod for mod in last["with"] if not mod.startswith("no ")]
     said: dict[str, str] = {}
     if kind == "count":
         last["count"] = _other(rng, range(1, len(NUMBERS) + 1), last["count"])
@@ -320,10 +331,12 @@ def correct(rng: random.Random, order: Order, kind: str, phrase: str) -> tuple[s
         last["size"] = said["size"] = _other(rng, SIZES, last["size"])
     elif kind == "add":
         there = {_substance(mod) for mod in last["with"]}
-        said["mod"] = rng.choice([mod for mod in MODIFIERS if _substance(mod) not in there])
+        more = [mod for mod in MODIFIERS if _substance(mod) not in there]
+        said["mod"] = rng.choice([mod for mod in more if not mod.startswith("no ")])
         last["with"].append(said["mod"])
-    elif kind == "drop" and last["with"]:
-        said["mod"] = last["with"].pop(rng.randrange(len(last["with"])))
+    elif kind == "drop" and added:  # nobody leaves out "no ice"
+        said["mod"] = rng.choice(added)
+        last["with"].remove(said["mod"])
     elif kind == "item":
         known = [i for i in ITEMS if i not in others and not held_out(order["name"], i)]
         last["item"] = rng.choice(known)
@@ -351,9 +364,9 @@ def make_rows(
     count: int,
     seed: int = 0,
     avoid: Iterable[Row] = (),
-    phrasing_weights: Sequence[int] = (1, 1, 1),
-    long_items: Sequence[int] = (4,),
-    new_corrections: float = 0.5,
+    phrasing_weights: Sequence[int] = PHRASING_WEIGHTS,
+    long_items: Sequence[int] = LONG_ITEMS,
+    new_corrections: float = NEW_CORRECTION_SHARE,
 ) -> list[Row]:
     """Make the examples of one grade, or of training ("train").
 
@@ -401,7 +414,7 @@ def _draw_row(
     new_corrections: float,
 ) -> Row | None:
     as_in_training = grade in ("train", "seen")
-    n_items = rng.choices((1, 2, 3), weights=(70, 23, 7) if as_in_training else (75, 25, 0))[0]
+    n_items = _weighted(rng, TRAIN_ITEMS if as_in_training else TEST_ITEMS)
     if grade == "longer":
         n_items = rng.choice(long_items)
 
@@ -419,7 +432,7 @@ def _draw_row(
     text = say_order(rng, order, frame, rng.choice(others))
 
     kind = ""
-    if grade == "corrections" or (as_in_training and rng.random() < 0.15):
+    if grade == "corrections" or (as_in_training and rng.random() < TRAIN_CORRECTIONS):
         new = grade == "corrections" and rng.random() < new_corrections
         phrases = NEW_CORRECTIONS if new else CORRECTIONS
         kind = rng.choice(list(phrases))
@@ -436,6 +449,10 @@ def _draw_row(
         "frame": frame,
         "correction": kind,
     }
+
+
+def _weighted(rng: random.Random, weights: dict[Any, int]) -> Any:
+    return rng.choices(list(weights), weights=list(weights.values()))[0]
 
 
 def make_splits(
