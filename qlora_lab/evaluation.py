@@ -500,11 +500,11 @@ def paired_difference(
 
 
 def few_shot_examples(
-    rows: Iterable[Mapping[str, str]], count: int = 4, longest: int = 110
+    rows: Iterable[Mapping[str, str]], count: int = 3, longest: int = 95
 ) -> list[Mapping[str, str]]:
     """Pick solved examples for `few_shot_prompt`: the first short ones that show a modifier.
 
-    Four of them, a long order and its answer fit together into a context of 512.
+    Three of them, the longest shipped order and its answer fit into a context of 512 together.
 
     Args:
         rows: Training rows.
@@ -522,7 +522,7 @@ def few_shot_prompt(examples: Iterable[Mapping[str, str]], text: str) -> str:
     """Show solved examples before the question: what the base model can do untrained.
 
     Args:
-        examples: Rows with "text" and "answer"; four short ones fit into a context of 512.
+        examples: Rows with "text" and "answer"; `few_shot_examples` picks short ones.
         text: The order to be answered.
 
     Returns:

@@ -375,7 +375,7 @@ def test_few_shot_prompt_ends_where_the_answer_begins():
 def test_few_shot_examples_leave_room_for_the_longest_order():
     rows = orders.make_rows("train", 100)
     examples = evaluation.few_shot_examples(rows)
-    assert len(examples) == 4 and all(row in rows for row in examples)
+    assert len(examples) == 3 and all(row in rows for row in examples)
     for row in examples:
         (item,) = json.loads(row["answer"])["items"]
         assert item["with"] and not row["correction"]
