@@ -163,13 +163,13 @@ NEW_CORRECTIONS = {
 
 # --- How hard it is: every dial in one place -------------------------------------------------
 
-TRAIN_ITEMS = {1: 70, 2: 23, 3: 7}  # share of training (and "seen") orders by number of items
-TEST_ITEMS = {1: 75, 2: 25}  # the same for the other grades
-LONG_ITEMS = (4,)  # numbers of items in "longer"; all above what training has
-TRAIN_CORRECTIONS = 0.15  # share of training orders that take something back
+TRAIN_ITEMS = {1: 78, 2: 22}  # share of training (and "seen") orders by number of items
+TEST_ITEMS = {1: 78, 2: 22}  # the same for the other grades
+LONG_ITEMS = (3,)  # numbers of items in "longer"; all above what training has
+TRAIN_CORRECTIONS = 0.12  # share of training orders that take something back
 NEW_CORRECTION_SHARE = 0.5  # share of "corrections" that training shows nothing like
 PHRASING_WEIGHTS = (1, 1, 1)  # shares of the three steps of NEW_FRAMES in "phrasings"
-WAYS = {"before": 66, "after": 17, "of them": 17}  # where the size and the number stand
+WAYS = {"before": 80, "after": 10, "of them": 10}  # where the size and the number stand
 
 GRADES = ("seen", "pairs", "phrasings", "copying", "longer", "corrections")
 GRADE_MEANING = {
@@ -234,7 +234,7 @@ def draw_order(
 
 def _draw_item(rng: random.Random, item: str) -> Order:
     size = None if rng.random() < 0.15 else rng.choice(SIZES)
-    n_mods = rng.choices((0, 1, 2), weights=(45, 40, 15))[0]
+    n_mods = rng.choices((0, 1, 2), weights=(52, 37, 11))[0]
     count = rng.randint(1, len(NUMBERS))
     mods = rng.sample(MODIFIERS, n_mods)
     while len({_substance(mod) for mod in mods}) < n_mods:  # not "no ice and extra ice"
@@ -378,7 +378,7 @@ def make_rows(
         seed: Same seed, same rows, on every machine and Python version.
         avoid: Rows whose sentences and answers must not appear again.
         phrasing_weights: Share of the three steps of `NEW_FRAMES` in "phrasings".
-        long_items: Numbers of items in "longer" (training has 1 to 3).
+        long_items: Numbers of items in "longer" (training has 1 or 2).
         new_corrections: Share of "corrections" made by `NEW_CORRECTIONS` (kinds and wordings
             that training never shows); the rest is as in training.
 
@@ -456,7 +456,7 @@ def _weighted(rng: random.Random, weights: dict[Any, int]) -> Any:
 
 
 def make_splits(
-    seed: int = 0, train: int = 6000, validation: int = 200, test: int = 120
+    seed: int = 0, train: int = 6000, validation: int = 200, test: int = 100
 ) -> dict[str, list[Row]]:
     """Make all splits of the orders task; no sentence and no answer is in two of them.
 

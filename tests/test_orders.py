@@ -131,7 +131,8 @@ def test_longer_orders_are_longer_than_any_trained_one(splits):
 
     trained = [count(row) for row in splits["train"]]
     assert min(count(row) for row in splits["longer"]) > max(trained)
-    assert 0.03 < sum(n == max(trained) for n in trained) / len(trained) < 0.15
+    # Some orders of more than one item must be trained on, or "longer" could only be 0 %.
+    assert 0.1 < sum(n == max(trained) for n in trained) / len(trained) < 0.3
 
 
 def test_corrections_mix_known_and_new_ones(splits):
