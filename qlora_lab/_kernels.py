@@ -13,6 +13,8 @@ ends stay with `blockwise`. The other choice, compiling each shape, would compil
 every new layer.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from functools import lru_cache
@@ -33,7 +35,7 @@ def quantize_blocks(pairs: Tensor, borders: tuple[float, ...]) -> tuple[Tensor, 
 
     Args:
         pairs: float32, shape (blocks, blocksize / 2, 2): each block's weights in twos.
-        borders: up to 15 ascending midpoints between codebook values.
+        borders: Up to 15 ascending midpoints between codebook values.
 
     Returns:
         The packed codes, uint8 of shape (blocks, blocksize / 2), and the scales, float32 of shape
@@ -61,8 +63,8 @@ def quantize(
 
     Args:
         flat: floating point, on a CPU, shape (weights,), a multiple of `blocksize`.
-        blocksize: weights per scale, even.
-        borders: up to 15 ascending midpoints.
+        blocksize: Weights per scale, even.
+        borders: Up to 15 ascending midpoints.
 
     Returns:
         The packed codes, uint8 of shape (weights / 2,), and the scales, float32 of shape (blocks,);

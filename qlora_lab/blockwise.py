@@ -25,6 +25,8 @@ arithmetic compiled (`_kernels`), about ten times faster; a smaller one never wo
 seconds that compiling takes.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,12 +53,12 @@ class QuantizedTensor:
 
     Attributes:
         packed: uint8, shape (ceil(weights / 2),), two codes a byte, the first in the high half.
-        absmax: the blocks' scales: float32 of shape (ceil(weights / blocksize),), or a
+        absmax: The blocks' scales: float32 of shape (ceil(weights / blocksize),), or a
             `QuantizedAbsmax` holding the same in 8 bits.
-        shape: the shape of the original tensor.
-        dtype: the dtype of the original tensor, and of what `dequantize_4bit` returns by default.
-        blocksize: weights per scale.
-        codebook: a name that `codebooks.codebook` knows, or the values themselves, ascending.
+        shape: The shape of the original tensor.
+        dtype: The dtype of the original tensor, and of what `dequantize_4bit` returns by default.
+        blocksize: Weights per scale.
+        codebook: A name that `codebooks.codebook` knows, or the values themselves, ascending.
     """
 
     packed: Tensor
@@ -98,7 +100,7 @@ class QuantizedTensor:
         """Return the codes one a byte: uint8 of the original shape, values 0 to 15."""
         return unpack(self.packed, self.shape.numel()).view(self.shape)
 
-    def to(self, device: torch.device | str) -> "QuantizedTensor":
+    def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same tensor on `device`."""
         return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device))
 
@@ -106,7 +108,7 @@ class QuantizedTensor:
         """Write everything to one safetensors file.
 
         Args:
-            path: the file to write, by custom ending in `.safetensors`.
+            path: The file to write, by custom ending in `.safetensors`.
         """
         from safetensors.torch import save_file
 
@@ -131,18 +133,18 @@ class QuantizedTensor:
         save_file(contiguous, str(path), metadata={"quantized_tensor": json.dumps(header)})
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "QuantizedTensor":
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> QuantizedTensor:
         """Read what `save` wrote.
 
         Args:
-            path: the file.
-            device: where to put the tensors.
+            path: The file.
+            device: Where to put the tensors.
 
         Returns:
             A tensor equal to the saved one in every byte.
 
         Raises:
-            InputError: if the file was not written by `QuantizedTensor.save`.
+            InputError: If the file was not written by `QuantizedTensor.save`.
         """
         from safetensors import safe_open
 
@@ -195,18 +197,18 @@ def quantize_4bit(
 
     Args:
         weight: float32, float16 or bfloat16, any non-empty shape, all values finite.
-        blocksize: weights per scale: a power of two from 32 to 4096.
+        blocksize: Weights per scale: a power of two from 32 to 4096.
         codebook: "nf4", "fp4" or another name of at most 4 bits that `codebooks.codebook` knows,
             or 2 to 16 ascending values within [-1, 1].
-        double_quant: store the scales in 8 bits.
-        compiled: use the compiled arithmetic, on a CPU; None does so from 16 million weights on.
+        double_quant: Store the scales in 8 bits.
+        compiled: Use the compiled arithmetic, on a CPU; None does so from 16 million weights on.
             The bytes are the same, and without a working C++ compiler nothing changes but speed.
 
     Returns:
         A `QuantizedTensor` on the weight's device.
 
     Raises:
-        InputError: if the weight is empty, of another dtype, or holds NaN or infinity (where
+        InputError: If the weight is empty, of another dtype, or holds NaN or infinity (where
             bitsandbytes would store a poisoned block); if the block size or codebook is not one
             of the above.
 
@@ -228,7 +230,7 @@ def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype | None = None
     """Restore a tensor: look every code up and multiply by its block's scale, in float32.
 
     Args:
-        quantized: what `quantize_4bit` returned.
+        quantized: What `quantize_4bit` returned.
         dtype: float32, float16 or bfloat16; the original's by default. The product is rounded to
             it once.
 
@@ -236,7 +238,7 @@ def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype | None = None
         A tensor of the original shape, on the same device.
 
     Raises:
-        InputError: if `dtype` is none of these three.
+        InputError: If `dtype` is none of these three.
 
     Source:
         Dettmers et al., "QLoRA", section 2, equation 2 and section 3, equation 6.
@@ -265,16 +267,16 @@ def fake_quantize(
 
     Args:
         weight: float32, float16 or bfloat16, any non-empty shape, all values finite.
-        blocksize: weights per scale, a power of two from 32 to 4096; None for one scale for the
+        blocksize: Weights per scale, a power of two from 32 to 4096; None for one scale for the
             whole tensor.
-        codebook: a name that `codebooks.codebook` knows, or 2 to 256 ascending values in [-1, 1].
+        codebook: A name that `codebooks.codebook` knows, or 2 to 256 ascending values in [-1, 1].
 
     Returns:
         A tensor of the same shape, dtype and device, each value one of the codebook's times its
         block's largest magnitude.
 
     Raises:
-        InputError: as `quantize_4bit`.
+        InputError: As `quantize_4bit`.
     """
     _, values = _resolve(codebook, most=256)
     _check(weight, blocksize if blocksize is not None else BLOCKSIZES[0])
@@ -293,7 +295,7 @@ def quantize_codes(flat: Tensor, blocksize: int, values: Sequence[float]) -> tup
 
     Args:
         flat: floating point, shape (weights,).
-        blocksize: weights per scale.
+        blocksize: Weights per scale.
         values: 2 to 256 codebook values, in any order.
 
     Returns:
@@ -321,13 +323,13 @@ def pack(codes: Tensor, pad: int = 7) -> Tensor:
 
     Args:
         codes: uint8, shape (weights,), values 0 to 15.
-        pad: the code that fills the last low half if the number of codes is odd: 7 is NF4's zero.
+        pad: The code that fills the last low half if the number of codes is odd: 7 is NF4's zero.
 
     Returns:
         uint8, shape (ceil(weights / 2),).
 
     Raises:
-        InputError: if `codes` is not a uint8 vector.
+        InputError: If `codes` is not a uint8 vector.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 1:
         raise InputError(
@@ -343,13 +345,13 @@ def unpack(packed: Tensor, weights: int) -> Tensor:
 
     Args:
         packed: uint8, shape (ceil(weights / 2),).
-        weights: how many codes there are; an odd number drops the padding.
+        weights: How many codes there are; an odd number drops the padding.
 
     Returns:
         uint8, shape (weights,), values 0 to 15.
 
     Raises:
-        InputError: if that many codes do not fill that many bytes.
+        InputError: If that many codes do not fill that many bytes.
     """
     if packed.numel() != (weights + 1) // 2:
         raise InputError(f"{packed.numel()} bytes hold {2 * packed.numel()} codes, not {weights}")

@@ -9,8 +9,10 @@ stays out of `double_quant`; here it is repeated step by step, because training 
 compared byte for byte if both start from the same bytes.
 
 The choice made here: this is the rule of bitsandbytes 0.50 on x86. On ARM the multiplications may
-be fused and a byte in a million differ; its CUDA kernel rounds to the nearest.
+be fused and a byte in a million differ; its CUDA kernel has a rule of its own.
 """
+
+from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
@@ -32,14 +34,14 @@ def quantize_absmax_bnb(absmax: Tensor, blocksize: int = BLOCKSIZE) -> Quantized
 
     Args:
         absmax: float32, shape (scales,), finite: the largest magnitude of each block of weights.
-        blocksize: scales per second-level scale; bitsandbytes uses 256.
+        blocksize: Scales per second-level scale; bitsandbytes uses 256.
 
     Returns:
         A `QuantizedAbsmax`, interchangeable with that of `double_quant.quantize_absmax`. A block
         of zeros gets byte 0 (which is multiplied by a scale of 0).
 
     Raises:
-        InputError: as `double_quant.quantize_absmax`.
+        InputError: As `double_quant.quantize_absmax`.
 
     Source:
         bitsandbytes, csrc/cpu_ops.cpp, `quantize_cpu`.
@@ -58,7 +60,7 @@ def quantize_4bit_bnb(
 
     Args:
         weight: float32, float16 or bfloat16, any non-empty shape, all values finite.
-        blocksize: weights per scale: a power of two from 32 to 4096.
+        blocksize: Weights per scale: a power of two from 32 to 4096.
         codebook: "nf4" or "fp4".
 
     Returns:
@@ -66,7 +68,7 @@ def quantize_4bit_bnb(
         byte in 600 of its scales.
 
     Raises:
-        InputError: as `blockwise.quantize_4bit`.
+        InputError: As `blockwise.quantize_4bit`.
     """
     quantized = quantize_4bit(weight, blocksize, codebook)
     return replace(quantized, absmax=quantize_absmax_bnb(quantized.absmax))
@@ -78,13 +80,13 @@ def from_quant_state(packed: Tensor, state: Any) -> QuantizedTensor:
     Args:
         packed: uint8, the first of what `bitsandbytes.functional.quantize_4bit` returns, or the
             data of a `Params4bit` whose layer has not run in evaluation mode (which may repack it).
-        state: its `QuantState`.
+        state: Its `QuantState`.
 
     Returns:
         The same codes and scales; `blockwise.dequantize_4bit` restores the same values.
 
     Raises:
-        InputError: if the bytes are not uint8, or the state's codebook or number of bytes does not
+        InputError: If the bytes are not uint8, or the state's codebook or number of bytes does not
             fit.
     """
     if packed.dtype != torch.uint8:

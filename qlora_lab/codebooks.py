@@ -64,14 +64,14 @@ def normal_float(bits: int = 4) -> tuple[float, ...]:
     """Build the NormalFloat codebook of `bits` bits from quantiles of a normal distribution.
 
     Args:
-        bits: width of a code, 2 to 8.
+        bits: Width of a code, 2 to 8.
 
     Returns:
         `2**bits` ascending values from -1 to 1 with an exact 0: `2**(bits-1)` positive ones and
         one fewer negative ones.
 
     Raises:
-        InputError: if `bits` is outside 2..8.
+        InputError: If `bits` is outside 2..8.
 
     Source:
         Dettmers et al., "QLoRA", section 3, the prose after equation 4; for 4 bits
@@ -109,13 +109,13 @@ def paper_eq4(bits: int = 4) -> tuple[float, ...]:
     `2**k - 1` values are symmetric about 0, which is not what the paper's prose, or its table, has.
 
     Args:
-        bits: width of a code, 2 to 8.
+        bits: Width of a code, 2 to 8.
 
     Returns:
         `2**bits` ascending values in units of sigma (not scaled to [-1, 1]); the first is -inf.
 
     Raises:
-        InputError: if `bits` is outside 2..8.
+        InputError: If `bits` is outside 2..8.
 
     Source:
         Dettmers et al., "QLoRA", equation 4.
@@ -130,8 +130,8 @@ def int_codebook(bits: int = 4, symmetric: bool = True) -> tuple[float, ...]:
     """Build evenly spaced values: what an integer with a scale can represent.
 
     Args:
-        bits: width of a code, 2 to 8.
-        symmetric: if true, -7..7 divided by 7 (at 4 bits), which leaves one code unused; otherwise
+        bits: Width of a code, 2 to 8.
+        symmetric: If true, -7..7 divided by 7 (at 4 bits), which leaves one code unused; otherwise
             all codes -8..7 divided by 8, which cannot represent +1, so that a block whose largest
             weight is positive clips it. (Quantizers with a zero point, often called asymmetric as
             well, store a second number per block and are not codebooks.)
@@ -140,7 +140,7 @@ def int_codebook(bits: int = 4, symmetric: bool = True) -> tuple[float, ...]:
         `2**bits - 1` (symmetric) or `2**bits` ascending values within [-1, 1].
 
     Raises:
-        InputError: if `bits` is outside 2..8.
+        InputError: If `bits` is outside 2..8.
     """
     _check_bits(bits)
     top = 2 ** (bits - 1) - 1
@@ -198,14 +198,14 @@ def l1_optimal(blocksize: int, bits: int = 4) -> tuple[float, ...]:
     it until nothing moves: Lloyd's algorithm with medians.
 
     Args:
-        blocksize: weights per block, 2 or more.
-        bits: width of a code, 2 to 8.
+        blocksize: Weights per block, 2 or more.
+        bits: Width of a code, 2 to 8.
 
     Returns:
         `2**bits` ascending values from -1 to 1 with an exact 0, one more positive than negative.
 
     Raises:
-        InputError: if `blocksize` is below 2 or `bits` outside 2..8.
+        InputError: If `blocksize` is below 2 or `bits` outside 2..8.
 
     Source:
         Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)", section 4.
@@ -274,7 +274,7 @@ def codebook(name: str) -> tuple[float, ...]:
         The codebook's values within [-1, 1], ascending; for "fp4" in code order.
 
     Raises:
-        InputError: if the name is not one of these.
+        InputError: If the name is not one of these.
     """
     if name == "fp4":
         return fp4()
@@ -298,7 +298,7 @@ def midpoints(values: tuple[float, ...]) -> tuple[float, ...]:
     lower value.
 
     Args:
-        values: a codebook in any order.
+        values: A codebook in any order.
 
     Returns:
         `len(values) - 1` ascending borders between the sorted values.

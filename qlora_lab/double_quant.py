@@ -17,6 +17,8 @@ module `bnb_compat` reproduces that, for the tests that compare bytes, and nothi
 This module knows only vectors of scales, not weights; `blockwise` calls it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -37,7 +39,7 @@ class QuantizedAbsmax:
         codes: uint8, shape (scales,), indices into `codebooks.dynamic_map()`.
         absmax2: float32, shape (ceil(scales / blocksize),), the scales' scales.
         offset: float32, shape (), the mean of the original scales.
-        blocksize: scales per entry of `absmax2`.
+        blocksize: Scales per entry of `absmax2`.
     """
 
     codes: Tensor
@@ -50,7 +52,7 @@ class QuantizedAbsmax:
         """Bytes of the three tensors together."""
         return self.codes.nbytes + self.absmax2.nbytes + self.offset.nbytes
 
-    def to(self, device: torch.device | str) -> "QuantizedAbsmax":
+    def to(self, device: torch.device | str) -> QuantizedAbsmax:
         """Return the same scales on `device`."""
         return replace(
             self,
@@ -65,13 +67,13 @@ def quantize_absmax(absmax: Tensor, blocksize: int = BLOCKSIZE) -> QuantizedAbsm
 
     Args:
         absmax: float32, shape (scales,), finite: the largest magnitude of each block of weights.
-        blocksize: scales per second-level scale, 1 or more.
+        blocksize: Scales per second-level scale, 1 or more.
 
     Returns:
         A `QuantizedAbsmax` of `scales` bytes, `ceil(scales / blocksize)` floats and an offset.
 
     Raises:
-        InputError: if `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
+        InputError: If `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
 
     Source:
         Dettmers et al., "QLoRA", section 3, Double Quantization.
@@ -87,7 +89,7 @@ def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
     """Restore block scales from their 8 bits.
 
     Args:
-        quantized: what `quantize_absmax` returned, with `scales` codes.
+        quantized: What `quantize_absmax` returned, with `scales` codes.
 
     Returns:
         float32, shape (scales,).
@@ -102,14 +104,14 @@ def center(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, 
 
     Args:
         absmax: float32, shape (scales,), finite.
-        blocksize: scales per block, 1 or more.
+        blocksize: Scales per block, 1 or more.
 
     Returns:
         The mean, shape (); the centered scales, shape (blocks, blocksize), the last block filled
         up with zeros; the blocks' largest magnitudes, shape (blocks, 1).
 
     Raises:
-        InputError: if `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
+        InputError: If `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
     """
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise InputError(f"absmax has shape {tuple(absmax.shape)}: it must be a non-empty vector")
