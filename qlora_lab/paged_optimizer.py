@@ -63,7 +63,8 @@ def is_paged(numel: int) -> bool:
     Returns:
         True from 100,000 elements on.
 
-    Source: bitsandbytes `optim/optimizer.py`, `Optimizer8bit.get_state_buffer`.
+    Source:
+        bitsandbytes `optim/optimizer.py`, `Optimizer8bit.get_state_buffer`.
     """
     return numel >= PAGED_FROM
 

@@ -1,0 +1,610 @@
+"""The ledger against the libraries: parameters, bytes, constants, states and saved tensors.
+
+Every number is compared with a model that really exists, loaded in 4 bits by transformers and
+bitsandbytes and adapted by PEFT, small enough for a CPU. Nothing here is compared with the
+ledger's own arithmetic, except where the subject is too large to exist (LLaMA-7B, 65B).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    T5Config,
+    ViTConfig,
+)
+
+from qlora_lab.errors import InputError
+from qlora_lab.memory import (
+    LOSS_BYTES_PER_LOGIT,
+    adam_bytes,
+    constant_bytes,
+    ledger,
+    llama_block_activations,
+    packed_bytes,
+    record_saved,
+)
+
+VOCABULARY, BATCH, SEQUENCE = 320, 2, 24
+_shape = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_gpt = {"vocab_size": VOCABULARY, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+_no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+CONFIGS = {
+    "llama": LlamaConfig(**_shape),
+    "llama-tied": LlamaConfig(**_shape, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_shape, num_key_value_heads=2),
+    "mistral": MistralConfig(**_shape, num_key_value_heads=2, sliding_window=None),
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=4, n_head=4),
+    "gpt2": GPT2Config(**_gpt, n_embd=64, n_positions=64, **_no_dropout),
+}
+LLAMA_FAMILY = ("llama", "llama-tied", "qwen2", "mistral")
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folders with a random float32 checkpoint of each architecture."""
+    folders = {}
+    for name, config in CONFIGS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+    return folders
+
+
+def load(folder, dtype=torch.float32, bits=16, double_quant=True, attention=None):
+    extra = {"attn_implementation": attention} if attention else {}
+    if bits == 4:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).train()
+
+
+def adapt(model, r=4, targets="all-linear", kbit_prep=False):
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if kbit_prep:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def build(folder, method, dtype=torch.float32, attention=None, kbit_prep=False, r=4):
+    """The real thing for each method of the ledger."""
+    bits = 4 if method == "qlora" else 16
+    model = load(folder, dtype, bits, attention=attention)
+    return model if method == "full" else adapt(model, r=r, kbit_prep=kbit_prep)
+
+
+def quant_state_tensors(model):
+    """Every tensor of every quant_state in a model, found by looking and not by name."""
+
+    def tensors(state):
+        for value in vars(state).values():
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif type(value).__name__ == "QuantState":
+                yield from tensors(value)
+
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_state"):
+            yield from tensors(parameter.quant_state)
+
+
+def storage_bytes(tensors):
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def token_ids():
+    return torch.randint(3, VOCABULARY, (BATCH, SEQUENCE), generator=torch.manual_seed(1))
+
+
+# Parameters and bytes of the base model
+
+
+@every_config
+def test_parameters_are_those_of_the_instantiated_model(name):
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    book = ledger(CONFIGS[name], "full", batch=0, dtype="float32")
+    assert book.parameters == sum(p.numel() for p in model.parameters())
+    assert book.footprint == model.get_memory_footprint()
+    embeddings = {id(model.get_input_embeddings().weight): model.get_input_embeddings().weight}
+    embeddings[id(model.get_output_embeddings().weight)] = model.get_output_embeddings().weight
+    positions = model.transformer.wpe.weight.numel() if name == "gpt2" else 0
+    expected = sum(w.numel() for w in embeddings.values()) + positions
+    assert book["embeddings and head"].parameters == expected
+
+
+@every_config
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_are_those_of_the_model_loaded_in_4_bits(checkpoints, name, double_quant, dtype):
+    model = load(checkpoints[name], dtype, bits=4, double_quant=double_quant)
+    book = ledger(CONFIGS[name], "qlora", batch=0, dtype=dtype, double_quant=double_quant)
+    assert book.footprint == model.get_memory_footprint()
+    constants = storage_bytes(quant_state_tensors(model))
+    assert constants > 0
+    assert book["quantization constants"].bytes == constants
+    codes = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    assert book["4-bit weights"].bytes == sum(p.nbytes for p in codes)
+    numels = [p.quant_state.shape.numel() for p in codes]
+    assert book["4-bit weights"].parameters == sum(numels)
+
+
+def test_conv1d_is_quantized_and_adapted_as_a_linear_layer(checkpoints):
+    """GPT-2: four Conv1D a block, all of them 4-bit and all of them in "all-linear"."""
+    model = adapt(load(checkpoints["gpt2"], bits=4))
+    adapted = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "r")]
+    assert len(adapted) == 4 * CONFIGS["gpt2"].n_layer
+    assert ledger(CONFIGS["gpt2"], batch=0)["adapters"].note.endswith(f"{len(adapted)} layers")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "bloom", "gpt2"])
+def test_kbit_prep_casts_what_is_not_4_bit(checkpoints, name):
+    from peft import prepare_model_for_kbit_training
+
+    model = load(checkpoints[name], torch.bfloat16, bits=4)
+    before = ledger(CONFIGS[name], batch=0).footprint
+    assert model.get_memory_footprint() == before
+    prepare_model_for_kbit_training(model)
+    after = ledger(CONFIGS[name], batch=0, kbit_prep=True).footprint
+    assert model.get_memory_footprint() == after > before
+
+
+def test_a_mixture_keeps_its_experts_in_16_bits():
+    """Fused expert weights are parameters, not linear layers, and load_in_4bit passes them by."""
+    config = MixtralConfig(
+        **_shape, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    )
+    book = ledger(config, batch=0)
+    experts = 4 * 4 * 3 * 64 * 192  # layers x experts x (gate, up, down)
+    assert book["norms, biases, other"].parameters > experts > book["4-bit weights"].parameters
+
+
+@given(numel=st.integers(1, 70_000), blocksize=st.sampled_from([32, 64, 128, 4096]))
+@settings(max_examples=15)
+def test_constants_of_any_weight(numel, blocksize):
+    import bitsandbytes.functional as bnb
+
+    weight = torch.randn(numel, generator=torch.manual_seed(numel))
+    for double_quant in (False, True):
+        codes, state = bnb.quantize_4bit(
+            weight, blocksize=blocksize, quant_type="nf4", compress_statistics=double_quant
+        )
+        assert codes.nbytes == packed_bytes(numel)
+        tensors = [v for v in vars(state).values() if isinstance(v, torch.Tensor)]
+        if double_quant:
+            tensors += [v for v in vars(state.state2).values() if isinstance(v, torch.Tensor)]
+        assert storage_bytes(tensors) == constant_bytes(numel, blocksize, double_quant)
+
+
+# Adapters, gradients, optimizer state
+
+
+@every_config
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_are_pefts(checkpoints, name, method):
+    model = build(checkpoints[name], method, torch.bfloat16, r=3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    book = ledger(CONFIGS[name], method, r=3, batch=0)
+    assert book["adapters"].parameters == sum(p.numel() for p in trained)
+    assert book["adapters"].bytes == book["gradients"].bytes == sum(p.nbytes for p in trained)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*layers\.[01]\..*_proj"])
+def test_targets_mean_what_they_mean_in_peft(checkpoints, targets):
+    model = adapt(load(checkpoints["llama"]), targets=targets)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    book = ledger(CONFIGS["llama"], "lora", r=4, targets=targets, batch=0, dtype="float32")
+    assert book["adapters"].parameters == trained
+
+
+def optimizers():
+    import bitsandbytes as bnb
+
+    return {
+        "adamw": bnb.optim.AdamW,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "torch": torch.optim.AdamW,
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "torch"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_optimizer_state_is_the_optimizers(checkpoints, optimizer, method):
+    model = build(checkpoints["llama"], method, r=32)  # r=32: adapters below and above 4,096
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    step = optimizers()[optimizer](trained, lr=1e-3)
+    step.step()
+    tensors = [v for s in step.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    if optimizer == "torch":  # torch also keeps the step number as a tensor
+        tensors = [t for t in tensors if t.numel() > 1]
+        optimizer = "adamw"
+    book = ledger(CONFIGS["llama"], method, r=32, batch=0, dtype="float32", optimizer=optimizer)
+    assert book["optimizer state"].bytes == storage_bytes(tensors)
+    assert book["gradients"].bytes == sum(p.grad.nbytes for p in trained)
+
+
+def test_paged_state_follows_the_hundred_thousand_rule():
+    wide = LlamaConfig(**{**_shape, "hidden_size": 4096, "intermediate_size": 11008})
+    layers, eight, sixteen = 4, 2 * 8 * 4096, 16 * 11008
+    assert ledger(wide, r=8, paged=True, batch=0)["optimizer state"].pageable == 0
+    assert eight < 100_000 <= sixteen
+    # three of the seven layers have an 11008-sided matrix
+    assert ledger(wide, r=16, paged=True, batch=0)["optimizer state"].pageable == (
+        layers * 3 * 8 * sixteen
+    )
+    everything = ledger(wide, r=32, paged=True, batch=0)["optimizer state"]
+    assert everything.pageable == everything.bytes
+    assert ledger(wide, r=32, batch=0)["optimizer state"].pageable == 0
+    # 8-bit: the moments only, their scales stay
+    eight_bit = ledger(wide, r=32, paged=True, batch=0, optimizer="adamw_8bit")["optimizer state"]
+    assert eight_bit.pageable == everything.pageable // 4 < eight_bit.bytes
+
+
+# Numbers that the course states
+
+
+def llama(hidden, inner, layers, heads):
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=32000,
+    )
+
+
+def test_llama_7b():
+    book = ledger(llama(4096, 11008, 32, 32), r=64, batch=0)
+    assert book["4-bit weights"].parameters == 6_476_005_376
+    assert book["embeddings and head"].parameters == 262_144_000
+    assert book["adapters"].parameters == 159_907_840
+    quantized = book["4-bit weights"].bytes + book["quantization constants"].bytes
+    assert round(quantized / 1e6, 1) == pytest.approx(3340.8, abs=0.3)  # tables: 0.24 MB
+    bits = 8 * quantized / book["4-bit weights"].parameters
+    assert bits == pytest.approx(4.127, abs=0.0005)
+
+
+def test_780_gb_for_65b():
+    book = ledger(llama(8192, 22016, 80, 64), "full", batch=0)
+    assert book.parameters == 65_285_660_672
+    assert book.total - book["buffers"].bytes == 12 * book.parameters
+    assert book.total / 1e9 == pytest.approx(780, rel=0.005)
+
+
+# Activations: formula = trace = a real model
+
+
+def measured(model, **extra):
+    """Bytes that a real forward pass saves, the loss left out, each storage once."""
+    with record_saved(model) as saved:
+        model(input_ids=token_ids(), use_cache=False, **extra)
+    return sum(each.bytes for each in saved)
+
+
+@every_config
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    ("dtype", "attention"), [(torch.bfloat16, "sdpa"), (torch.float32, "eager")]
+)
+def test_trace_equals_a_real_model(checkpoints, name, method, dtype, attention):
+    supported = "eager" if name == "bloom" else attention  # Bloom has no sdpa; the ledger knows
+    model = build(checkpoints[name], method, dtype, supported)
+    book = ledger(
+        CONFIGS[name],
+        method,
+        r=4,
+        batch=BATCH,
+        sequence=SEQUENCE,
+        dtype=dtype,
+        attention=attention,
+    )
+    assert book["activations"].bytes == measured(model)
+
+
+@pytest.fixture
+def cuda_autocast(monkeypatch):
+    """Let PEFT see autocast as it sees it on a GPU: it asks without naming a device."""
+    ask = torch.is_autocast_enabled  # autocast itself asks for its own device, to restore it
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device or ask(*device))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_trace_equals_a_real_model_under_autocast(checkpoints, name, method, cuda_autocast):
+    dtype = torch.float32 if method == "full" else torch.bfloat16
+    model = build(checkpoints[name], method, dtype, "sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        real = measured(model)
+    book = ledger(
+        CONFIGS[name], method, r=4, batch=BATCH, sequence=SEQUENCE, dtype=dtype, autocast=True
+    )
+    assert book["activations"].bytes == real
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_trace_equals_a_real_model_after_kbit_prep(checkpoints, name, autocast, request):
+    if autocast:
+        request.getfixturevalue("cuda_autocast")
+    model = build(checkpoints[name], "qlora", torch.bfloat16, "sdpa", kbit_prep=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        real = measured(model)
+    book = ledger(
+        CONFIGS[name],
+        r=4,
+        batch=BATCH,
+        sequence=SEQUENCE,
+        kbit_prep=True,
+        autocast=autocast,
+    )
+    assert book["activations"].bytes == real
+
+
+@pytest.mark.parametrize("name", LLAMA_FAMILY)
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32",) * 2, ("bfloat16",) * 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_formula_equals_trace(name, method, dtypes, attention):
+    shared = {"r": 4, "batch": BATCH, "sequence": SEQUENCE, "attention": attention}
+    shared |= {"dtype": dtypes[0], "adapter_dtype": dtypes[1]}
+    seen = ledger(CONFIGS[name], method, **shared).activations
+    typical = list(seen.blocks)[-1]
+    on_paper = llama_block_activations(CONFIGS[name], method, **shared)
+    assert seen.block_bytes(typical) == on_paper
+
+
+class LiveBytes(TorchDispatchMode):
+    """Add up the bytes of all storages that operations have made and nobody has freed."""
+
+    def __init__(self, model):
+        super().__init__()
+        own = [*model.parameters(), *model.buffers(), *quant_state_tensors(model)]
+        self.own = {t.untyped_storage()._cdata for t in own}
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.own:
+                storage = leaf.untyped_storage()
+                entry = (StorageWeakRef(storage), storage.nbytes())
+                self.storages.setdefault(storage._cdata, entry)
+        self.peak = max(self.peak, self.now())
+        return out
+
+    def now(self):
+        gone = [key for key, (ref, _) in self.storages.items() if ref.expired()]
+        for key in gone:
+            del self.storages[key]
+        return sum(size for _, size in self.storages.values())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_live_memory_of_a_real_step(checkpoints, method, dtype, checkpointing):
+    """Nothing but what the ledger names is alive, at three moments of one training step."""
+    model = build(checkpoints["llama"], method, dtype, "sdpa")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    book = ledger(
+        CONFIGS["llama"],
+        method,
+        r=4,
+        batch=BATCH,
+        sequence=SEQUENCE,
+        dtype=dtype,
+        checkpointing=checkpointing,
+    )
+    activations, logits = book["activations"].bytes, book["logits"].bytes
+    per_logit = logits // LOSS_BYTES_PER_LOGIT
+    ids = token_ids()
+    labels, scalars = ids.nbytes, 8  # shifted labels; the loss and the number of its terms
+    if method == "full":  # the embedding keeps the ids, which the step did not make
+        activations -= ids.nbytes
+
+    live = LiveBytes(model)
+    with live:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        after_forward, live.peak = live.now(), 0
+        loss.backward()
+
+    kept = activations
+    if checkpointing:  # the recomputed block is not there yet
+        kept -= max(book.activations.block_bytes(b, inputs=False) for b in book.activations.blocks)
+    assert after_forward == kept + 4 * per_logit + labels + scalars
+    if not checkpointing:  # the loss's backward pass is the peak: 12 bytes a logit
+        assert live.peak == activations + logits + scalars
+    rest = ("activations", "logits", "gradients", "one weight dequantized")
+    transient = sum(row.bytes for row in book.rows if row.name in rest)
+    assert activations <= live.peak <= transient + labels + scalars
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert gradients == book["gradients"].bytes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dropout_costs_a_mask_and_a_copy(dtype):
+    """Each adapter keeps its own thinned-out input and one byte an element for the mask."""
+    shared = {"r": 4, "batch": BATCH, "sequence": SEQUENCE, "dtype": dtype}
+    block = "model.layers.1"  # the first block's q, k, v read embeddings, which need no gradient
+    plain = ledger(CONFIGS["llama"], **shared).activations.block_bytes(block)
+    thinned = ledger(CONFIGS["llama"], **shared, dropout=0.1).activations.block_bytes(block)
+    h, f, tokens = 64, 192, BATCH * SEQUENCE
+    masks = 6 * h + f
+    copies = 0  # beside a 16-bit base every adapter has a float32 copy of its input anyway
+    if dtype == "float32":  # q, k, v shared h; gate, up shared h; o used the attention's result
+        copies = 4 * (2 * h + 1 * h + 1 * h)
+    assert thinned - plain == tokens * (masks + copies)
+
+
+def test_dropout_is_counted_as_cuda_keeps_it():
+    """GPT-2's own dropouts: the CPU keeps a float a value, CUDA one byte, the ledger says CUDA."""
+    config = GPT2Config(**_gpt, n_embd=64, n_positions=64, **{**_no_dropout, "resid_pdrop": 0.1})
+    without = ledger(CONFIGS["gpt2"], "full", batch=BATCH, sequence=SEQUENCE)["activations"].bytes
+    with_it = ledger(config, "full", batch=BATCH, sequence=SEQUENCE)["activations"].bytes
+    assert with_it - without == 4 * 2 * BATCH * SEQUENCE * 64  # layers x two per block
+
+
+def test_equal_blocks_are_folded_without_changing_the_sum():
+    """A stack of 2 is run whole, a stack of 9 is folded to 2: the difference is 7 blocks."""
+    sizes = {}
+    for layers in (2, 9):
+        config = LlamaConfig(**{**_shape, "num_hidden_layers": layers})
+        sizes[layers] = ledger(config, r=4, batch=BATCH, sequence=SEQUENCE)
+    nine, two = (sizes[n]["activations"].bytes for n in (9, 2))
+    block = sizes[9].activations.block_bytes("model.layers.1")
+    assert sizes[9].activations.blocks == {"model.layers.0": 1, "model.layers.1": 8}
+    assert nine - two == 7 * block
+
+
+def test_blocks_that_differ_are_not_folded(checkpoints):
+    targets = r".*layers\.[02]\..*_proj"
+    model = adapt(load(checkpoints["llama"], torch.bfloat16, attention="sdpa"), targets=targets)
+    book = ledger(CONFIGS["llama"], "lora", r=4, targets=targets, batch=BATCH, sequence=SEQUENCE)
+    assert len(book.activations.blocks) == 4
+    assert book["activations"].bytes == measured(model)
+
+
+def test_a_mixture_and_an_encoder_decoder_are_traced_too():
+    mixture = MixtralConfig(
+        **_shape, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    )
+    t5 = T5Config(
+        vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
+    for config in (mixture, t5):
+        assert ledger(config, "lora", r=4, batch=1, sequence=8)["activations"].bytes > 0
+
+
+def test_the_65b_ledger_allocates_nothing():
+    resource = pytest.importorskip("resource", reason="Windows counts memory elsewhere")
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    book = ledger(llama(8192, 22016, 80, 64), checkpointing=True, sequence=2048)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    assert book["4-bit weights"].bytes > 30e9
+    assert grown < 500e6
+
+
+# What the reader sees
+
+
+def test_table_names_its_units():
+    text = str(ledger(llama(4096, 11008, 32, 32), r=64, batch=0, paged=True))
+    assert "qlora of LlamaForCausalLM, r=64, before the first batch, bfloat16" in text
+    assert "1 GB = 1,000,000,000 bytes, 1 GiB = 1,073,741,824 bytes" in text
+    assert "4-bit weights              6,476,005,376     3,238,002,688     3.238     3.016" in text
+    assert "may be paged to the CPU" in text
+    assert "1 MB = 1,000,000 bytes" in str(ledger(CONFIGS["llama"], batch=0))
+
+
+def test_rows_add_up_and_are_found_by_name():
+    book = ledger(CONFIGS["llama"], batch=0)
+    assert book.total == sum(row.bytes for row in book.rows)
+    with pytest.raises(InputError, match="no row 'weights'"):
+        book["weights"]
+
+
+def test_saved_tensors_as_a_table():
+    text = str(ledger(CONFIGS["llama"], r=4, batch=BATCH, sequence=SEQUENCE).activations)
+    assert "self_attn.q_proj" in text and "one block of 4" in text
+
+
+def test_a_folder_is_as_good_as_a_config(checkpoints):
+    book = ledger(str(checkpoints["llama"]), batch=0)
+    assert book.rows == ledger(CONFIGS["llama"], batch=0).rows
+
+
+def test_the_config_is_not_changed():
+    config = LlamaConfig(**_shape)
+    before = config.to_json_string()
+    ledger(config, sequence=8)
+    assert config.to_json_string() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "dora"}, "method 'dora'"),
+        ({"r": 0}, "r 0"),
+        ({"r": 65}, "rank 65 is larger than a layer of 64 -> "),
+        ({"batch": -1}, "batch -1"),
+        ({"sequence": 0}, "sequence 0"),
+        ({"blocksize": 48}, "blocksize 48"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd'"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"targets": ["nothing"]}, "match no linear layer"),
+        ({"config": 7}, "config is a int"),
+        ({"config": ViTConfig(hidden_size=64, num_hidden_layers=1)}, "cannot be run on input_ids"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    with pytest.raises(InputError) as error:
+        ledger(**{"config": CONFIGS["llama"], **arguments})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_without_text_has_a_ledger_without_activations():
+    config = ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    book = ledger(config, "full", batch=0, dtype="float32")
+    model = transformers.AutoModel.from_config(config)
+    assert book.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_adam_bytes_at_the_edges():
+    assert adam_bytes(4095, bits=8) == 8 * 4095
+    assert adam_bytes(4096, bits=8) == 2 * (4096 + 4 * 16)
+    assert adam_bytes(10) == 80
+
+
+def test_recording_changes_no_output():
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    plain = model(input_ids=token_ids()).logits
+    with record_saved(model) as saved:
+        recorded = model(input_ids=token_ids()).logits
+    assert torch.equal(plain, recorded) and saved
+    assert {s.module for s in saved} >= {"model.norm", "model.layers.3.mlp.down_proj"}
+
+
+def test_hooks_are_gone_after_recording():
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    with contextlib.suppress(ZeroDivisionError), record_saved(model):
+        raise ZeroDivisionError
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
