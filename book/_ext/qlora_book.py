@@ -28,6 +28,7 @@ from sphinx.util.docutils import SphinxDirective
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qlora_lab"
 COLAB = "https://colab.research.google.com"
+JUPYTER_BOOK = {"IPython"}  # Jupyter Book brings and needs it: not to be mocked
 
 
 def third_party_imports(folder: Path) -> list[str]:
@@ -41,12 +42,12 @@ def third_party_imports(folder: Path) -> list[str]:
     """
     names = set()
     for path in sorted(folder.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
             if isinstance(node, ast.Import):
                 names.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.partition(".")[0])
-    return sorted(names - set(sys.stdlib_module_names) - {folder.name})
+    return sorted(names - set(sys.stdlib_module_names) - {folder.name} - JUPYTER_BOOK)
 
 
 def launch_buttons(repository_url: str) -> dict[str, str]:
@@ -151,6 +152,15 @@ def add_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
 def rewrite_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Apply `readable_code`, before napoleon reads the sections."""
     lines[:] = readable_code("\n".join(lines)).split("\n")
+    if what in ("attribute", "property"):
+        # napoleon takes what stands before a colon for the type: "Bytes held: codes and scales".
+        app.qlora_prose = list(lines)
+
+
+def restore_prose(app, what, name, obj, options, lines: list[str]) -> None:
+    """Undo napoleon where a docstring is one sentence and has no sections."""
+    if what in ("attribute", "property"):
+        lines[:] = app.qlora_prose
 
 
 def setup(app: Sphinx) -> dict:
@@ -158,5 +168,6 @@ def setup(app: Sphinx) -> dict:
     app.add_directive("module-table", ModuleTable)
     app.connect("config-inited", configure, priority=100)
     app.connect("autodoc-process-docstring", rewrite_docstring, priority=100)
+    app.connect("autodoc-process-docstring", restore_prose, priority=900)
     app.connect("doctree-read", add_alt_texts)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
