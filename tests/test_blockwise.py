@@ -211,6 +211,15 @@ def test_gradients_stop_here():
     assert not fake_quantize(weight).requires_grad
 
 
+@pytest.mark.parametrize("chunk", [4096, 2**62], ids=["many chunks", "one chunk"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_do_not_show(chunk, dtype, monkeypatch):
+    """A CPU goes chunk by chunk, a GPU takes all at once: the same bytes and values."""
+    monkeypatch.setattr(blockwise, "_CHUNK", chunk)
+    for weights in (4096, 3 * 4096 + 64, 3 * 4096 + 77):
+        assert_parity(normal(weights).to(dtype), 64)
+
+
 # --- the tensor that carries it
 
 
