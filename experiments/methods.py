@@ -8,7 +8,7 @@ losses, scores of the six grades, bits per byte on held-out text before and afte
 provenance. A file that exists is not made again; delete it to repeat that run. At the end
 `results/cpu/methods/summary.json` collects the exact match of every run.
 
-Beside the three methods: LoRA on a *randomly initialised* base, the base model with four solved
+Beside the three methods: LoRA on a *randomly initialised* base, the base model with three solved
 examples in its prompt, and a regular expression. They answer whether pretraining, training and a
 model are needed at all.
 """
@@ -24,22 +24,28 @@ from qlora_lab.orders import GRADES
 from qlora_lab.provenance import provenance
 
 METHODS = ("qlora", "lora", "full")
+RANK = 16
 FORGETTING_FILES = 6  # of the held-out files, by name: 10 seconds instead of a minute
-EXAMPLES = 4
+EXAMPLES = 3
 
 
 def one_run(method: str, seed: int, device: str) -> dict:
     """Fine-tune once and measure; the record is ready for JSON."""
     from qlora_lab.data import heldout_texts
     from qlora_lab.evaluation import bits_per_byte
-    from qlora_lab.training import finetune
+    from qlora_lab.training import finetune, recipe
 
     texts = list(heldout_texts(FORGETTING_FILES).values())
     with tempfile.TemporaryDirectory() as folder:
         name = random_base(Path(folder), seed) if method == "lora-random-base" else None
+        like = "lora" if name else method
+        lr, alpha = recipe(None, like, RANK)  # the random base trains by the same recipe
         result = finetune(
             name,
-            "lora" if name else method,
+            like,
+            r=RANK,
+            alpha=alpha,
+            lr=lr,
             seed=seed,
             device=device,
             before=False,
@@ -70,11 +76,12 @@ def random_base(folder: Path, seed: int) -> Path:
 
 
 def base_run(device: str) -> dict:
-    """The base model untrained: with no example, with four, and its bits per byte in 16 and 4."""
+    """The base model untrained: with no example, with three, and its bits per byte in 16 and 4."""
     from qlora_lab.data import heldout_texts, load_orders
     from qlora_lab.evaluation import (
         bits_per_byte,
         evaluate_orders,
+        few_shot_examples,
         few_shot_prompt,
         regex_baseline,
         score,
@@ -84,8 +91,7 @@ def base_run(device: str) -> dict:
 
     orders = load_orders()
     tests = {grade: orders[grade] for grade in GRADES}
-    shown = sorted(orders["train"].select(range(200)), key=lambda row: len(row["text"]))
-    shown = [row for row in shown if not row["correction"]][:EXAMPLES]
+    shown = few_shot_examples(orders["train"], EXAMPLES)
     texts = list(heldout_texts(FORGETTING_FILES).values())
     model, tokenizer, _ = load_model(bits=16, device=device)
     with quiet():

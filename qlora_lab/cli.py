@@ -55,11 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(add, bits=False)  # the method says how many
     add.add_argument("--method", default="qlora", help="qlora (default), 8bit, lora or full")
     add.add_argument("--r", type=int, default=16, help="rank of the adapters (default 16)")
-    add.add_argument("--alpha", type=float, help="scale of the adapters (default 2 r)")
+    add.add_argument(
+        "--alpha",
+        type=float,
+        help="scale of the adapters (default: 16 r on the embedded model, else 16)",
+    )
     add.add_argument("--dropout", type=float, default=0.0, help="of the adapters (default 0)")
     add.add_argument("--lr", type=float, help="learning rate (default: the method's)")
     add.add_argument("--steps", type=int, help="optimizer steps (default: enough for the orders)")
-    add.add_argument("--batch-size", type=int, default=16, help="rows a forward pass (default 16)")
+    add.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default 8)")
     add.add_argument("--accumulation", type=int, default=1, help="forward passes a step")
     add.add_argument("--optim", help="a Trainer optimizer, e.g. paged_adamw_8bit")
     add.add_argument("--checkpointing", action="store_true", help="recompute activations")
