@@ -42,8 +42,9 @@ lab: env ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab notebooks $(ARGS)
 
 bench: env ## measure speed against bitsandbytes and torchao
-	@$(INSTALL) $(ENV) requirements-bench.txt
-	@CUDA_VISIBLE_DEVICES= $(RUN) -m benchmarks $(ARGS)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target .bench-site -r requirements-bench.txt
+	@CUDA_VISIBLE_DEVICES= PYTHONPATH=.bench-site $(RUN) -m benchmarks $(ARGS)
 
 gpu: env ## on an NVIDIA card: repeat the proofs, record times and peak memory
 	@$(RUN) -m pytest -m gpu $(ARGS)
