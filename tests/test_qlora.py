@@ -182,7 +182,7 @@ def test_state_dict_carries_the_codes_and_a_copy_is_independent():
 
 
 def test_quantize_model_leaves_head_embeddings_and_norms(base):
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = copy.deepcopy(plain(base))
     made = quantize_model(model, R, ALPHA)
     assert len(made) == 28 and not any("lm_head" in name for name in made)
     floats = {n for n, p in model.named_parameters() if "lora_" not in n}
@@ -258,9 +258,15 @@ def reference(base: str) -> nn.Module:
     return get_peft_model(copy.deepcopy(loaded(base)), lora)
 
 
+@cache
+def plain(base: str) -> nn.Module:
+    """The base as it is; copied before any use."""
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
 def from_scratch(base: str, theirs: nn.Module, double_quant: bool | str = "bnb") -> nn.Module:
     """The same model and adapters with our layers."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = copy.deepcopy(plain(base))
     quantize_model(model, R, ALPHA, double_quant=double_quant)
     modules = dict(theirs.base_model.model.named_modules())
     for path, layer in ours_by_name(model).items():
@@ -374,11 +380,11 @@ def test_fifty_training_losses_equal_peft_on_bitsandbytes(base):
 
 def test_adapters_trained_on_codes_move_to_peft_on_bitsandbytes_and_back(base, tmp_path):
     ids = batches(1)[0]
-    plain = reference(base)
-    ours = from_scratch(base, plain)
+    peft = reference(base)
+    ours = from_scratch(base, peft)
     train(ours, 3)
     save_adapter(ours, tmp_path / "ours")
-    theirs = PeftModel.from_pretrained(plain.unload(), tmp_path / "ours").eval()
+    theirs = PeftModel.from_pretrained(peft.unload(), tmp_path / "ours").eval()
     with torch.no_grad():
         expected = theirs(ids).logits
         torch.testing.assert_close(ours.eval()(ids).logits, expected, atol=1e-5, rtol=1e-5)
