@@ -36,6 +36,7 @@ from qlora_lab.data import collator, encode_rows, load_orders
 from qlora_lab.errors import InputError
 from qlora_lab.evaluation import Score, evaluate_orders
 from qlora_lab.loading import (
+    EMBEDDED,
     Loaded,
     Report,
     default_device,
@@ -504,7 +505,7 @@ def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
     Source:
         Dettmers et al. 2023 (QLoRA), appendix B.2: 2e-4 and alpha 16 for 7B and 13B.
     """
-    if name is None:
+    if portable_name(EMBEDDED if name is None else name) == EMBEDDED:
         return LEARNING_RATE[method], ALPHA_OVER_R * r
     return PAPER_LEARNING_RATE[method], PAPER_ALPHA
 
