@@ -1,0 +1,741 @@
+"""The course's figures: one style, read in colour, in grey, on a light and on a dark page.
+
+Each function takes data and returns a matplotlib `Figure` with labelled axes, units and an
+alternative text in `figure.alt`. `show` puts it into a notebook as a PNG whose bytes depend on
+nothing but the picture, with the alternative text beside it.
+
+Four choices, and what the others would cost:
+
+1. *An opaque white figure, not a transparent one.* Text needs a contrast of 4.5 to 1 (WCAG AA).
+   On white that asks for a luminance of at most 0.183, on a page of #121212 for at least 0.202:
+   no colour does both, so text on a transparent figure is too faint somewhere. Inside its own
+   white rectangle it has its full contrast in every viewer. The web book, which knows its mode,
+   turns the picture dark with one CSS rule (`DARK_FILTER`): white becomes the page's #121212, and
+   each colour keeps its hue.
+2. *Colours that differ in lightness*, not in hue alone, from L* 24 to 88 in steps of 6 or more:
+   the same picture printed in grey still tells its parts apart. Hatches, markers and direct labels
+   say it again. The hues stay apart for colour-blind readers, too (the tests simulate three kinds).
+3. *The same slice has the same colour in every chapter*: `COLORS` is by meaning.
+4. *No pyplot.* A `Figure` made directly belongs to no global state: nothing is drawn twice, no
+   window opens, and a notebook's figures do not depend on the order of its cells.
+
+Source: Okabe and Ito, Color Universal Design (2008), for the hues; WCAG 2.2, success criteria
+1.4.1, 1.4.3 and 1.4.11.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist, fmean, pstdev
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from qlora_lab.errors import InputError
+
+BACKGROUND, INK, FAINT, GRID = "#ffffff", "#20262e", "#5b6470", "#e3e6ea"
+DARK_PAGE = "#121212"
+DARK_FILTER = "invert(0.93) hue-rotate(180deg)"
+"""CSS filter that a dark page puts on these figures: white becomes `DARK_PAGE`."""
+
+COLORS = {
+    "weights": "#123a66",
+    "activations": "#7a4a9e",
+    "constants": "#c4500c",
+    "adapters": "#1e9a74",
+    "optimizer": "#64b5e8",
+    "gradients": "#f2c14e",
+    "embeddings": "#ccd2da",
+}
+"""Colour of each slice of memory, from dark to light."""
+
+SEQUENCE = tuple(COLORS[k] for k in ("weights", "constants", "adapters", "activations"))
+"""Colours for lines and marks that have no meaning of their own, each 3:1 or more on white."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)))
+HATCHES = {"constants": "////", "gradients": "...."}
+
+WIDTH = 7.5  # inches; 720 CSS pixels, the width of a page's text
+STYLE = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib, so it is the same everywhere
+    "mathtext.fontset": "dejavusans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelsize": 10,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": BACKGROUND,
+    "axes.facecolor": BACKGROUND,
+    "savefig.facecolor": BACKGROUND,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6,
+    "hatch.color": BACKGROUND,
+    "hatch.linewidth": 1.0,
+    "path.simplify": False,  # the same picture whatever the number of points
+}
+
+
+# Making and showing
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Run a drawing function under the course's style, whatever the notebook has set.
+
+    Args:
+        draw: A function that returns a figure.
+
+    Returns:
+        The function, with the same arguments.
+    """
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs) -> Figure:
+        with mpl.rc_context():
+            mpl.rcdefaults()
+            mpl.rcParams.update(STYLE)
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def png(figure: Figure, scale: int = 2) -> bytes:
+    """Render a figure to PNG bytes that depend on the picture alone.
+
+    Args:
+        figure: The figure.
+        scale: Image pixels per CSS pixel; 2 is sharp on every screen.
+
+    Returns:
+        PNG bytes without date, software name or any other metadata.
+    """
+    stream = io.BytesIO()
+    if figure.get_layout_engine() is not None:  # lay out once: each further draw would nudge it
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        figure.savefig(stream, format="png", dpi=96 * scale, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def show(figure: Figure, alt: str | None = None) -> None:
+    """Display a figure in a notebook, with its alternative text stored beside it.
+
+    The text is the output's `text/plain` (which nbval compares, so it must say nothing that
+    differs between machines) and the image's `alt`.
+
+    Args:
+        figure: A figure.
+        alt: What the picture shows, in a sentence or two; default is `figure.alt`.
+
+    Raises:
+        InputError: There is no alternative text.
+    """
+    from IPython.display import display
+
+    text = (alt or getattr(figure, "alt", "")).strip()
+    if not text:
+        raise InputError("this figure has no alternative text: give alt='what the picture shows'")
+    width = round(figure.get_figwidth() * 96)
+    display(
+        {"image/png": png(figure), "text/plain": text},
+        metadata={"image/png": {"alt": text, "width": width}},
+        raw=True,
+    )
+
+
+def _figure(height: float, columns: int = 1, **kwargs) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
+    return figure, list(axes)
+
+
+def contrast(color: str, other: str) -> float:
+    """Return the WCAG contrast ratio of two colours.
+
+    Args:
+        color: "#rrggbb" or any colour matplotlib knows.
+        other: The same.
+
+    Returns:
+        1 (the same) to 21 (black on white); text needs 4.5.
+
+    Source:
+        WCAG 2.2, definition of contrast ratio.
+    """
+    bright, dark = sorted((_luminance(color), _luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def _luminance(color: str) -> float:
+    def linear(c: float) -> float:
+        return c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = (linear(c) for c in mpl.colors.to_rgb(color))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _look(i: int) -> dict:
+    """Colour, marker and dashes of the i-th line: told apart by any one of the three."""
+    return {
+        "color": SEQUENCE[i % len(SEQUENCE)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i % len(DASHES)],
+    }
+
+
+def _washed(color: str, share: float = 0.62) -> tuple[float, float, float]:
+    """The colour mixed with the background, for what is not the subject."""
+    return tuple(c + (1 - c) * share for c in mpl.colors.to_rgb(color))
+
+
+def _list(names: Sequence[str]) -> str:
+    names = [str(name) for name in names]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# The spine
+
+
+SLICES = {
+    "weights": "weights of the linear layers",
+    "constants": "quantization constants",
+    "embeddings": "embeddings, head, norms",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations and logits",
+}
+PAGED = {"hatch": "xxxx", "edgecolor": BACKGROUND}
+"""How the part of the optimizer state that may be paged to the CPU is drawn."""
+
+_LIT_BY_STEP = {
+    "full fine-tuning": "gradients",
+    "LoRA": "adapters",
+    "4 bits": "weights",
+    "double quantization": "constants",
+    "paging": "optimizer",
+}
+STEPS = tuple(_LIT_BY_STEP)
+
+
+@styled
+def spine(stage: str | None = None, activations: bool = False) -> Figure:
+    """Draw the bytes of a run from full fine-tuning to paging, for two models.
+
+    The course's standing picture: five bars for the embedded model and five for a 7B model, each
+    the ledger's rows of that run (16-bit weights, r=16 on all linear layers, 32-bit adapters).
+    Without activations and logits the bars say what is held before the first batch.
+
+    Args:
+        stage: The slice to light: a name from `SLICES`, or the step from `STEPS` that changes
+            it. None lights all.
+        activations: Add activations and logits, for one sequence of 512 tokens with
+            checkpointing (`stage="activations"` implies it).
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: `stage` is neither a slice nor a step.
+    """
+    lit = _LIT_BY_STEP.get(stage, stage)
+    if lit is not None and lit not in SLICES:
+        names = ", ".join((*SLICES, *STEPS))
+        raise InputError(f"stage {stage!r} is not in the picture: give one of {names}")
+    activations = activations or lit == "activations"
+
+    figure, axes = _figure(3.3, columns=2, sharey=True)
+    shown = [s for s in SLICES if activations or s != "activations"]
+    models = _spine_ledgers(activations)
+    for ax, (title, ledgers) in zip(axes, models.items(), strict=True):
+        _spine_panel(ax, title, ledgers, shown, lit)
+    axes[0].set_yticks(range(len(STEPS)), STEPS)
+    axes[0].invert_yaxis()
+    for label in axes[0].get_yticklabels():
+        label.set_fontweight("bold" if lit and _LIT_BY_STEP[label.get_text()] == lit else "normal")
+
+    handles = [Patch(label=SLICES[s], **_slice_style(s, lit)) for s in shown]
+    if lit == "optimizer":
+        style = _slice_style("optimizer", lit) | PAGED
+        handles.append(Patch(label="optimizer state that may be paged", **style))
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.4)
+    for text in legend.get_texts():
+        text.set_fontweight("bold" if lit and text.get_text() == SLICES[lit] else "normal")
+    figure.alt = _spine_alt(models, lit)
+    return figure
+
+
+def _spine_panel(
+    ax: Axes, title: str, ledgers: list[dict[str, float]], shown: list[str], lit: str | None
+) -> None:
+    """One model: five stacked bars; the first is cut, or the others could not be read."""
+    totals = [sum(book[s] for s in shown) for book in ledgers]
+    cut, limit = totals[1] * 1.12, totals[1] * 1.72
+    unit, scale = ("GB", 1e9) if totals[1] > 1e9 else ("MB", 1e6)
+    for row, (book, total) in enumerate(zip(ledgers, totals, strict=True)):
+        left = 0.0
+        for name in shown:
+            width = min(book[name], max(0.0, cut - left))
+            if not width:
+                continue
+            paged = min(book["pageable"], width) if name == "optimizer" else 0
+            style = _slice_style(name, lit)
+            ax.barh(row, width - paged, left=left, height=0.66, **style)
+            if paged:
+                ax.barh(row, paged, left=left + width - paged, height=0.66, **style | PAGED)
+            left += width
+        ax.barh(row, min(total, cut), height=0.66, fill=False, edgecolor=FAINT, linewidth=0.7)
+        if total > cut:  # a slanted gap: this bar goes on
+            at = cut * 0.93
+            ax.plot([at - limit * 0.012, at + limit * 0.012], [row + 0.4, row - 0.4],
+                    color=BACKGROUND, linewidth=4, solid_capstyle="butt")  # fmt: skip
+        label = _spine_label(book, total, lit, unit, scale)
+        if STEPS[row] == "paging" and lit in (None, "optimizer"):
+            label += f"\n{book['pageable'] / scale:.2g} {unit} may be paged"
+        at = min(total, cut) + limit * 0.02
+        color = INK if lit is None else FAINT
+        ax.text(at, row, label, va="center", fontsize=9, color=color, linespacing=1.3)
+    ax.set_xlim(0, limit)
+    ax.set_title(title)
+    ax.set_xlabel(f"memory ({unit}, 1 {unit} = {scale:,.0f} bytes)", fontsize=9)
+    ticks = mpl.ticker.MaxNLocator(4, steps=[1, 2, 5]).tick_values(0, cut)
+    ax.set_xticks([t for t in ticks if t <= cut], [f"{t / scale:g}" for t in ticks if t <= cut])
+    ax.spines["bottom"].set_bounds(0, cut)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
+def _spine_label(
+    book: Mapping[str, float], total: float, lit: str | None, unit: str, scale: float
+) -> str:
+    """The bar's total, and before it, in bold, the part that is lit."""
+    if lit is None:
+        return f"{total / scale:.3g} {unit}"
+    part = f"{book[lit] / scale:.2f}" if book[lit] else "0"
+    return rf"$\bf{{{part}}}$ of {total / scale:.3g} {unit}"
+
+
+def _slice_style(name: str, lit: str | None) -> dict:
+    """Look of one slice; a thin lit slice must not drown in the white lines between slices."""
+    if lit is None:
+        hatch = HATCHES.get(name, "")
+        return {
+            "facecolor": COLORS[name],
+            "edgecolor": BACKGROUND,
+            "linewidth": 0.5,
+            "hatch": hatch,
+        }
+    if name == lit:
+        return {"facecolor": COLORS[name], "edgecolor": COLORS[name], "linewidth": 0.8, "zorder": 2}
+    return {"facecolor": _washed(COLORS[name]), "edgecolor": BACKGROUND, "linewidth": 0.5}
+
+
+@functools.cache
+def _spine_ledgers(activations: bool) -> dict[str, list[dict[str, float]]]:
+    """For each of the two models: one ledger a step, as bytes by slice."""
+    from transformers import AutoConfig, LlamaConfig
+
+    from qlora_lab import embedded_model
+
+    models = {
+        "the embedded model": AutoConfig.from_pretrained(embedded_model()),
+        "a 7B model": LlamaConfig(),  # its defaults are LLaMA-7B
+    }
+    return {
+        title: [_spine_ledger(config, step, activations) for step in STEPS]
+        for title, config in models.items()
+    }
+
+
+def _spine_ledger(config, step: str, activations: bool) -> dict[str, float]:
+    """Bytes by slice for one bar, from the ledger."""
+    from qlora_lab.memory import ledger
+
+    book = ledger(
+        config,
+        {"full fine-tuning": "full", "LoRA": "lora"}.get(step, "qlora"),
+        batch=1 if activations else 0,
+        checkpointing=True,
+        double_quant=step in ("double quantization", "paging"),
+        paged=step == "paging",
+    )
+    taken = {name: book[name].bytes for name in ("adapters", "gradients")}
+    small = ("embeddings and head", "norms, biases, other", "buffers")
+    return taken | {
+        "weights": book.rows[0].bytes,
+        "constants": book["quantization constants"].bytes,
+        "embeddings": sum(book[name].bytes for name in small),
+        "optimizer": book["optimizer state"].bytes,
+        "pageable": book["optimizer state"].pageable,
+        "activations": sum(book[n].bytes for n in ("activations", "logits")) if activations else 0,
+    }
+
+
+def _spine_alt(models: Mapping[str, list[dict[str, float]]], lit: str | None) -> str:
+    parts = []
+    for title, ledgers in models.items():
+        totals = [sum(v for k, v in book.items() if k != "pageable") for book in ledgers]
+        sizes = [f"{t / 1e9:.3g} GB" if t > 1e9 else f"{t / 1e6:.3g} MB" for t in totals]
+        steps = [f"{step} {size}" for step, size in zip(STEPS, sizes, strict=True)]
+        parts.append(f"For {title}: {', '.join(steps)}.")
+    paged = models["a 7B model"][-1]["pageable"]
+    parts.append(f"Of the 7B model's optimizer state, {paged / 1e9:.2g} GB may be paged.")
+    subject = f" The slice of the {SLICES[lit]} is highlighted." if lit else ""
+    return f"Stacked bars of the memory of a fine-tuning run. {' '.join(parts)}{subject}"
+
+
+# Formats and codes
+
+
+@styled
+def codebook_ruler(codebooks: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw several formats as marks on one ruler, each scaled to its largest magnitude.
+
+    Args:
+        codebooks: Name -> the values it can store, in any order and scale.
+
+    Returns:
+        The figure; one line a format, its number of different values at the right.
+
+    Raises:
+        InputError: There is no codebook, or one without a value other than 0.
+    """
+    _not_empty("codebooks", codebooks)
+    figure, (ax,) = _figure(0.9 + 0.52 * len(codebooks))
+    for row, (name, values) in enumerate(codebooks.items()):
+        largest = max((abs(v) for v in values), default=0)
+        if not largest:
+            raise InputError(f"codebook {name!r} has no value but 0: give the values it can store")
+        marks = sorted({v / largest for v in values})
+        color = SEQUENCE[row % len(SEQUENCE)]
+        ax.plot([-1, 1], [row, row], color=GRID, linewidth=1, zorder=1)
+        thin = len(marks) > 64
+        ax.vlines(marks, row - 0.3, row + 0.3, color=color, linewidth=0.7 if thin else 2, zorder=2)
+        if not thin:
+            zeros = [m for m in marks if m == 0]
+            ax.plot(zeros, [row] * len(zeros), "o", color=color, markersize=5, zorder=3)
+        ax.text(1.04, row, f"{len(marks)} values", va="center", color=FAINT, fontsize=9)
+    ax.set_yticks(range(len(codebooks)), codebooks)
+    ax.set_ylim(len(codebooks) - 0.4, -0.6)
+    ax.set_xlim(-1.04, 1.25)
+    ax.set_xticks([-1, -0.5, 0, 0.5, 1])
+    ax.set_xlabel("stored value (as a share of the block's largest magnitude)")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.spines["bottom"].set_bounds(-1, 1)
+    counts = [f"{name} with {len({float(v) for v in c})} values" for name, c in codebooks.items()]
+    figure.alt = (
+        f"The values that {_list(counts)} can store, as marks on one ruler from -1 to 1. "
+        "A dot marks an exact zero."
+    )
+    return figure
+
+
+@styled
+def code_histogram(
+    counts: Sequence[float] | Mapping[str, Sequence[float]], values: Sequence[float] | None = None
+) -> Figure:
+    """Draw how often each code is used, against equal use.
+
+    Args:
+        counts: Number of times each code occurs, or several of these by name (up to 3).
+        values: What each code stands for, to be written under it.
+
+    Returns:
+        The figure; bars in percent of all codes.
+
+    Raises:
+        InputError: There is nothing to count, or the lengths differ.
+    """
+    series = dict(counts) if isinstance(counts, Mapping) else {"": counts}
+    _not_empty("counts", series)
+    lengths = {len(c) for c in series.values()} | ({len(values)} if values is not None else set())
+    if len(lengths) != 1 or len(series) > 3 or not all(sum(c) > 0 for c in series.values()):
+        raise InputError(
+            f"counts of {sorted(lengths)} codes in {len(series)} series cannot be drawn: give up "
+            "to 3 series of the same length, each with at least one code used"
+        )
+    (n,) = lengths
+    figure, (ax,) = _figure(3.1)
+    width = 0.8 / len(series)
+    for i, (name, each) in enumerate(series.items()):
+        share = [100 * float(c) / float(sum(each)) for c in each]
+        where = [x + (i - (len(series) - 1) / 2) * width for x in range(n)]
+        hatch = ("", "////", "....")[i]
+        ax.bar(where, share, width * 0.94, color=SEQUENCE[i], hatch=hatch, edgecolor=BACKGROUND,
+               linewidth=0.4, label=name or None)  # fmt: skip
+    ax.axhline(100 / n, color=BACKGROUND, linewidth=1.8)  # so that the dashes show on dark bars
+    ax.axhline(100 / n, color=INK, linewidth=1, linestyle=(0, (4, 2)), label="equal use")
+    ticks = range(n) if n <= 32 else range(0, n, n // 16)
+    labels = [str(i) if values is None else f"{i}\n{_signed(values[i])}" for i in ticks]
+    ax.set_xticks(list(ticks), labels, fontsize=8.5 if values is not None else 9.5)
+    ax.set_xlabel("code" if values is None else "code, and the value it stands for")
+    ax.set_ylabel("share of all codes (%)")
+    ax.set_xlim(-0.6, n - 0.4)
+    ax.set_ylim(0, ax.get_ylim()[1] * (1 + 0.06 * (len(series) + 1)))  # room for the legend
+    ax.legend(loc="upper left", ncols=len(series) + 1, handlelength=2.4)
+    names = f" for {_list(list(series))}" if series.keys() != {""} else ""
+    figure.alt = (
+        f"Histogram of the {n} codes{names}: the share of all codes that each one has, with a "
+        "dashed line where all would be used equally."
+    )
+    return figure
+
+
+@styled
+def error_bars_by_bits(
+    errors: Mapping[str, Mapping[int, float | tuple[float, float, float]]],
+    quantity: str = "mean absolute error (share of sigma)",
+    legend: bool = True,
+    log: bool = True,
+) -> Figure:
+    """Draw the error of several formats against their number of bits, with intervals.
+
+    Args:
+        errors: Format -> bits -> error, or (error, low, high) with the ends of an interval.
+        quantity: Label of the vertical axis, with its unit.
+        legend: False hides which format is which, for a guess.
+        log: Logarithmic vertical axis.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: There is no format, or one without any error.
+    """
+    _not_empty("errors", errors)
+    figure, (ax,) = _figure(3.3)
+    bits = sorted({b for each in errors.values() for b in each})
+    for i, (name, each) in enumerate(errors.items()):
+        _not_empty(f"errors[{name!r}]", each)
+        # beside each other, or equal errors would hide one another
+        where = [b + (i - (len(errors) - 1) / 2) * 0.09 for b in sorted(each)]
+        triples = [_triple(each[b]) for b in sorted(each)]
+        middle = [t[0] for t in triples]
+        around = [[t[0] - t[1] for t in triples], [t[2] - t[0] for t in triples]]
+        ax.errorbar(where, middle, around, **_look(i), markersize=7, linewidth=1.4, capsize=4,
+                    elinewidth=1.6, label=name)  # fmt: skip
+    ax.set_xticks(bits)
+    ax.set_xlim(min(bits) - 0.4, max(bits) + 0.4)
+    ax.set_xlabel("bits per code")
+    ax.set_ylabel(quantity)
+    if log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.grid(axis="y")
+    if legend:
+        ax.legend(loc="upper right")
+    names = _list(list(errors)) if legend else f"{len(errors)} formats without their names"
+    figure.alt = (
+        f"{quantity} against bits per code ({_list(bits)} bits) for {names}, with intervals."
+    )
+    return figure
+
+
+@styled
+def qq_plot(samples: Mapping[str, Sequence[float]], points: int = 101) -> Figure:
+    """Draw the quantiles of samples against those of a normal distribution.
+
+    Each sample is standardised first (mean 0, standard deviation 1), so a bell curve of any size
+    lies on the diagonal; a tail heavier than a bell curve's leaves it upwards at the right.
+
+    Args:
+        samples: Name -> numbers, at least 10 of them and not all equal.
+        points: Quantiles drawn for each sample.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: A sample is too small or constant.
+    """
+    _not_empty("samples", samples)
+    figure, (ax,) = _figure(4.2)
+    probabilities = [(i + 0.5) / points for i in range(points)]
+    normal = [NormalDist().inv_cdf(p) for p in probabilities]
+    edge = max(normal)
+    ax.plot([-edge, edge], [-edge, edge], color=FAINT, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+    for i, (name, sample) in enumerate(samples.items()):
+        numbers = sorted(float(x) for x in sample)
+        if len(numbers) < 10 or not (spread := pstdev(numbers)) > 0:
+            raise InputError(
+                f"sample {name!r} has no distribution: give 10 different numbers or more"
+            )
+        center = fmean(numbers)
+        drawn = [(_quantile(numbers, p) - center) / spread for p in probabilities]
+        ax.plot(normal, drawn, **_look(i), linewidth=1.6, markersize=5,
+                markevery=(3 * i % 10, 10), label=name)  # fmt: skip
+    ax.set_xlabel("quantile of a normal distribution (standard deviations)")
+    ax.set_ylabel("quantile of the sample\n(its standard deviations)")
+    ax.set_box_aspect(0.62)
+    ax.grid()
+    ax.legend(loc="upper left")
+    figure.alt = (
+        f"Quantiles of {_list(list(samples))} against normal quantiles; a dashed diagonal shows "
+        "where a bell curve would lie."
+    )
+    return figure
+
+
+# Runs
+
+
+@styled
+def loss_curve(
+    losses: Mapping[str, Sequence[float]],
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    smooth: int = 1,
+    every: int = 1,
+    quantity: str = "training loss (nats per token)",
+) -> Figure:
+    """Draw training losses step by step, each over its recorded band if there is one.
+
+    Args:
+        losses: Name -> losses in the order of the steps.
+        bands: Name -> (low, high) of recorded runs, drawn as an area.
+        smooth: Steps averaged for the line, half of them on each side; the single steps are drawn
+            faintly behind it.
+        every: Optimizer steps from one loss to the next.
+        quantity: Label of the vertical axis, with its unit.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: There is no loss, or a number is not positive.
+    """
+    _not_empty("losses", losses)
+    if smooth < 1 or every < 1:
+        raise InputError(f"smooth {smooth} and every {every}: give whole numbers from 1 on")
+    figure, (ax,) = _figure(3.3)
+    names = list(dict.fromkeys((*losses, *(bands or {}))))
+    for i, name in enumerate(names):
+        color = SEQUENCE[i % len(SEQUENCE)]
+        if bands and name in bands:
+            low, high = bands[name]
+            steps = [every * (s + 1) for s in range(len(low))]
+            ax.fill_between(steps, low, high, color=_washed(color, 0.65), linewidth=0)
+        if name not in losses:
+            continue
+        values = [float(v) for v in losses[name]]
+        _not_empty(f"losses[{name!r}]", values)
+        steps = [every * (s + 1) for s in range(len(values))]
+        if smooth > 1:
+            ax.plot(steps, values, color=_washed(color, 0.6), linewidth=0.8)
+            half = smooth // 2
+            values = [fmean(values[max(0, s - half) : s + half + 1]) for s in range(len(values))]
+        gap = max(1, len(values) // 8)
+        ax.plot(steps, values, **_look(i), markevery=(gap * i // len(names), gap), label=name)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel(quantity)
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.02)
+    ax.grid(axis="y")
+    ax.legend(loc="upper right")
+    band = " Shaded areas are the range of recorded runs." if bands else ""
+    figure.alt = f"{quantity} against the optimizer step for {_list(names)}.{band}"
+    return figure
+
+
+@styled
+def grade_table_bars(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    quantity: str = "exact match (% of the test set)",
+) -> Figure:
+    """Draw the score on each graded test set before and after training.
+
+    Args:
+        before: Grade -> percent, 0 to 100.
+        after: The same grades after training.
+        intervals: Grade -> (low, high) percent around `after`.
+        quantity: Label of the horizontal axis, with its unit.
+
+    Returns:
+        The figure; a pair of bars a grade, in the order of `before`.
+
+    Raises:
+        InputError: The grades differ, or a score is not a percentage.
+    """
+    _not_empty("before", before)
+    if set(before) != set(after):
+        raise InputError(f"grades differ before and after: {sorted(set(before) ^ set(after))}")
+    for grade, score in (*before.items(), *after.items()):
+        if not 0 <= score <= 100:
+            raise InputError(f"score {score} of {grade!r} is no percentage: give 0 to 100")
+    figure, (ax,) = _figure(0.9 + 0.55 * len(before))
+    for row, grade in enumerate(before):
+        pairs = ((before[grade], -0.2, "gradients", "...."), (after[grade], 0.19, "weights", ""))
+        for score, offset, color, hatch in pairs:
+            ax.barh(row + offset, score, 0.36, color=COLORS[color], hatch=hatch,
+                    edgecolor=BACKGROUND, linewidth=0)  # fmt: skip
+            low, high = (intervals or {}).get(grade, (score, score)) if offset > 0 else (score,) * 2
+            for color, width in ((BACKGROUND, 3.5), (INK, 1.2)) if high > low else ():
+                ax.errorbar(score, row + offset, xerr=[[score - low], [high - score]], color=color,
+                            capsize=3, capthick=width, elinewidth=width)  # fmt: skip
+            ax.text(max(score, high) + 1.2, row + offset, f"{score:.0f} %", va="center", fontsize=9)
+    ax.set_yticks(range(len(before)), before)
+    ax.set_ylim(len(before) - 0.45, -0.6)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel(quantity)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    handles = [
+        Patch(facecolor=COLORS["gradients"], hatch="....", edgecolor=BACKGROUND, label="before"),
+        Patch(facecolor=COLORS["weights"], label="after training"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    figure.alt = f"{quantity} before and after training, for {_list(list(before))}."
+    return figure
+
+
+# Small things
+
+
+def _not_empty(name: str, given: Sequence | Mapping) -> None:
+    if not len(given):
+        raise InputError(f"{name} is empty: there is nothing to draw")
+
+
+def _signed(value: float) -> str:
+    return "0" if value == 0 else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _triple(error: float | tuple[float, float, float]) -> tuple[float, float, float]:
+    return error if isinstance(error, tuple) else (error, error, error)
+
+
+def _quantile(ordered: Sequence[float], probability: float) -> float:
+    """Quantile of sorted numbers, linear between neighbours."""
+    position = probability * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
