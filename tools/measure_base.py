@@ -54,11 +54,16 @@ def judge(prompt: str, completion: str) -> dict:
 
 
 def complete(model, tokenizer, prompts: list[str]) -> list[dict]:
-    """Greedy completions of the prompts, judged."""
+    """Greedy completions of the prompts, judged.
+
+    White space at a prompt's end is left to the model to write: a line break and the indentation
+    after it are one token here, and a prompt that ends inside a token leads nowhere.
+    """
     import torch
 
     judged = []
     for prompt in prompts:
+        prompt = prompt.rstrip()
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]])
         with torch.no_grad():
             out = model.generate(
@@ -66,6 +71,7 @@ def complete(model, tokenizer, prompts: list[str]) -> list[dict]:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
             )
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         judged.append(judge(prompt, text))
@@ -133,13 +139,14 @@ the commands say at which steps.
 | bits per byte, {files} held-out standard-library modules whole ({kb:.0f} kB), context 512, stride 256 | {bpb:.3f} |
 | `xz -9e` given the same training text, on the same modules | {xz_given:.3f} |
 | `xz -9` alone | {xz_alone:.3f} |
-| greedy completions of 20 prompts fixed before training that parse, have two statements or more and repeat no line three times | {good} of 20 |
+| greedy completions of 20 prompts fixed before training that parse, have two statements or more and repeat no line three times (bar: 15) | {good} of 20 |
 
 Made by `tools/measure_base.py`; all completions are in `measured.json`.
 
 ## Limits
 
-It has seen Python and the English of docstrings, and nothing else. It knows no facts, follows no
+It has seen Python and the English of docstrings, and nothing else, and little of that: greedy
+completions soon run in circles, as the last row of the table says. It knows no facts, follows no
 instruction and must not be used to write code that anyone runs. Its value is to be trained
 further in two minutes. Results on it carry over to large models in mechanics (what is stored,
 what flows where, what is equal to what), not in rankings of methods.
@@ -208,9 +215,12 @@ def main() -> None:
     result["prompts"] = judged
     for j in judged:
         print(f"--- {'good' if j['good'] else 'BAD '} ({j['statements']} statements)\n{j['text']}")
-    print(f"prompts: {result['prompts_good']} of {len(judged)} good  (bar: 15)")
+    print(f"prompts: {result['prompts_good']} of {len(judged)} good  (bar: 15)", flush=True)
     if args.xz:
-        pools, _ = corpus.build(progress=lambda *_: None)
+        pools, report = corpus.build(progress=lambda *_: None)
+        trained = json.loads((folder / "training.json").read_text("utf-8"))
+        if report["sha256"] != trained["corpus"]["sha256"]:
+            sys.exit("the corpus of this machine is not the one of training.json; use --no-xz")
         training = "\n".join(t for texts in pools.values() for t in texts)
         joined = "\n".join(held.values())
         size = len(joined.encode())
