@@ -44,7 +44,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = 1e-38  # the smallest magnitude a block is scaled by, so that no reciprocal overflows
 COMPILE_FROM = 2**24  # weights from which compiling, once a process, is worth its seconds
-_CHUNK = 2**18  # weights handled at a time: what fits a core's cache; a multiple of any blocksize
+_CHUNK = 2**19  # weights handled at a time: what fits a core's cache; a multiple of any blocksize
 
 
 @dataclass(frozen=True, eq=False)
