@@ -367,13 +367,13 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parame
     Raises:
         InputError: No layer has an adapter of this name, or none is active.
     """
-    layers = lora_layers(model)
-    _known(layers, name)
-    chosen = [(layer, layer.active if name is None else name) for layer in layers.values()]
-    pairs = [(layer, owner) for layer, owner in chosen if owner in layer.adapters]
-    if not pairs:
+    layers = _known(lora_layers(model), name).values()
+    chosen = [(layer, layer.active if name is None else name) for layer in layers]
+    if not any(owner for _, owner in chosen):
         raise InputError("no adapter is active: name one, or call set_adapter first")
-    return [matrix[owner] for layer, owner in pairs for matrix in (layer.lora_A, layer.lora_B)]
+    return [
+        pair[owner] for layer, owner in chosen if owner for pair in (layer.lora_A, layer.lora_B)
+    ]
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> None:
@@ -392,7 +392,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     """
     from safetensors.torch import save_file
 
-    layers = {p: layer for p, layer in _known(lora_layers(model), name).items()}
+    layers = _known(lora_layers(model), name)
     settings = {path: layer.adapters[name] for path, layer in layers.items()}
     if len({(a.alpha, a.dropout, a.rslora) for a in settings.values()}) > 1:
         raise InputError(f"adapter {name!r} has layers with different alpha, dropout or rslora")

@@ -67,7 +67,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         The same model, plain.
 
     Raises:
-        InputError: The model has no 4-bit layer, or one whose bytes no longer mean its weight.
+        InputError: The model has no 4-bit layer, or one whose bytes no longer mean its weight, or
+            carries adapters.
 
     Source:
         transformers `integrations/bitsandbytes.py`, dequantize_and_replace.
@@ -75,6 +76,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     layers = four_bit_layers(model)
     if not layers:
         raise InputError("the model has no 4-bit layer: there is nothing to dequantize")
+    if hasattr(model, "peft_config"):
+        raise InputError("the model carries adapters: save them and dequantize a bare base")
     for path, layer in layers.items():
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise InputError(

@@ -1,14 +1,17 @@
 """The merge ladder, and the guard against reading repacked bytes."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_qlora import loaded, plain_base
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lab
 from qlora_lab.errors import InputError
-from qlora_lab.loading import four_bit_layers, load_model
+from qlora_lab.loading import four_bit_layers
 from qlora_lab.merge import (
     RUNGS,
     dequantize,
@@ -37,7 +40,7 @@ def adapter(base, ids, tmp_path_factory) -> str:
     """An adapter trained for a few steps on the 4-bit base to say something of its own."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = load_model(base, bits=4, device="cpu").model
+    model = copy.deepcopy(loaded(base))
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     target = ids.flip(1)
@@ -57,7 +60,7 @@ def test_the_ladder_first_rungs_agree_and_the_others_do_not(base, adapter, ids):
     scores = ladder(base, adapter, loss_of(ids.flip(1)), device="cpu")
     assert tuple(scores) == RUNGS
     unmerged, same, original, again = scores.values()
-    untrained = loss_of(ids.flip(1))(load_model(base, bits=4, device="cpu").model)
+    untrained = loss_of(ids.flip(1))(loaded(base))
     assert unmerged < 0.8 * untrained, "the adapter learned nothing: nothing is compared"
     assert same == pytest.approx(unmerged, rel=1e-5)
     assert abs(original - unmerged) > 20 * abs(same - unmerged)
@@ -68,14 +71,14 @@ def test_dequantized_base_holds_the_weights_that_qlora_trained_against(base):
     plain = dequantized_base(base, device="cpu")
     assert not four_bit_layers(plain) and plain.dtype == torch.float32
     assert getattr(plain.config, "quantization_config", None) is None
-    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ours = copy.deepcopy(plain_base(base))
     made = quantize_model(ours, double_quant="bnb")
     for path, layer in made.items():
         assert torch.equal(plain.get_submodule(path).weight, layer.base.dequantize()), path
 
 
 def test_a_repacked_model_is_refused(base):
-    model = load_model(base, bits=4, device="cpu").model
+    model = copy.deepcopy(loaded(base))
     layer = four_bit_layers(model)["model.layers.2.mlp.up_proj"]
     layer.weight.quant_state.packing_format_for_cpu = True  # what the fault leaves behind
     with pytest.raises(InputError, match="layers.2.mlp.up_proj was repacked .* load the model"):
@@ -84,19 +87,19 @@ def test_a_repacked_model_is_refused(base):
 
 def test_merging_after_an_evaluation_gives_the_same_weights(base, adapter, ids):
     """FACTS section 2.3 through our loader: an eval forward first, then the merge."""
-    model = load_model(base, bits=4, device="cpu").model.eval()
+    model = copy.deepcopy(loaded(base)).eval()
     with torch.no_grad():
         model(ids)
     late, fresh = (
         merge_into(dequantize(model), adapter),
-        merge_into(dequantized_base(base), adapter),
+        merge_into(dequantized_base(base, "cpu"), adapter),
     )
     for (name, a), (_, b) in zip(late.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_a_merged_checkpoint_is_ordinary_and_has_its_old_size(base, adapter, ids, tmp_path):
-    merged = merge_into(dequantized_base(base, device="cpu"), adapter)
+    merged = merge_into(dequantize(copy.deepcopy(loaded(base))), adapter)
     assert not any("lora" in name for name, _ in merged.named_modules())
     weights = sum(p.numel() for p in merged.parameters())
     size = save_merged(merged, None, tmp_path / "16", torch.bfloat16)
@@ -116,7 +119,7 @@ def test_a_merged_checkpoint_is_ordinary_and_has_its_old_size(base, adapter, ids
 
 def test_requantizing_twice_changes_nothing_more(base):
     """Re-quantizing unchanged weights is idempotent up to the scales' own rounding."""
-    model = dequantized_base(base, device="cpu")
+    model = dequantize(copy.deepcopy(loaded(base)))
     before = {n: p.clone() for n, p in model.named_parameters()}
     requantize(model, double_quant=False)
     for name, parameter in model.named_parameters():
@@ -139,13 +142,15 @@ def test_most_of_a_small_update_is_rounded_away_by_requantizing():
 
 
 def test_bad_input_is_answered_in_one_line(base, adapter, tmp_path):
-    four_bit = load_model(base, bits=4, device="cpu").model
+    four_bit = copy.deepcopy(loaded(base))
+    with_adapters = get_peft_model(copy.deepcopy(four_bit), LoraConfig(target_modules="all-linear"))
     plain = nn.Linear(8, 8)
     cases = [
         (lambda: merge_into(four_bit, adapter), "4-bit codes rounds most of the update away"),
         (lambda: merge_into(plain, tmp_path), "no adapter_config.json"),
         (lambda: ladder(base, tmp_path / "none", float), "no adapter_config.json"),
         (lambda: dequantize(plain), "no 4-bit layer"),
+        (lambda: dequantize(with_adapters), "carries adapters"),
         (lambda: save_merged(four_bit, None, tmp_path / "x"), "merge it first"),
         (lambda: requantize(nn.Sequential(nn.Linear(8, 8)), blocksize=48), "blocksize=48"),
     ]
