@@ -6,7 +6,6 @@ from peft import LoraConfig, get_peft_model
 from test_lora import assert_layers_agree, pair
 from test_qlora import (
     ALPHA,
-    STEPS,
     R,
     assert_gradients_agree,
     assert_losses_agree,
@@ -93,7 +92,6 @@ def test_bfloat16_losses_follow_peft_on_bitsandbytes(monkeypatch):
     theirs = reference(torch.bfloat16)
     # bfloat16 has 8 bits: single products differ by 1/256, a mean over 126 tokens by less.
     assert_losses_agree(train(from_scratch(theirs, torch.bfloat16)), train(theirs), tolerance=0.02)
-    assert STEPS == 50
 
 
 def test_nothing_but_codes_survives_the_forward():
