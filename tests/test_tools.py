@@ -223,7 +223,7 @@ def extension():
 
 def test_what_the_package_imports_is_mocked(extension, tmp_path):
     (tmp_path / "a.py").write_text(
-        "import os, torch.nn\nfrom peft import x\nfrom . import b\n"
+        "import os, torch.nn\nfrom peft import x\nfrom . import b\nimport IPython\n"
         "def f():\n    import datasets\n    from pkg.b import c\n"
     )
     folder = tmp_path.rename(tmp_path.parent / "pkg")
@@ -253,6 +253,24 @@ def test_a_launch_button_needs_an_address(extension):
 )
 def test_code_in_docstrings_is_readable(extension, written, shown):
     assert extension.readable_code(written) == shown
+
+
+def test_what_is_set_in_becomes_a_literal_block(extension):
+    shown = extension.with_literal_blocks(["An order:", "", "    two teas", "    {}", "", "Text."])
+    assert shown == ["An order:", "", "::", "", "    two teas", "    {}", "", "Text."]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["- one", "", "      more of one"],
+        ["Args:", "    x: a number.", "", "Returns:", "    y."],
+        ["Like this::", "", "    code"],
+        ["Text", "    set in without an empty line"],
+    ],
+)
+def test_lists_sections_and_marked_blocks_stay(extension, lines):
+    assert extension.with_literal_blocks(lines) == lines
 
 
 def test_alt_text_is_found_by_the_pictures_name(extension):

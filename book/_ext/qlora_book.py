@@ -76,6 +76,31 @@ def readable_code(docstring: str) -> str:
     return re.sub(span, replace, docstring)
 
 
+def with_literal_blocks(lines: list[str]) -> list[str]:
+    """Mark what a docstring sets in by four columns, after an empty line, as a literal block.
+
+    Args:
+        lines: A docstring's lines, dedented.
+
+    Returns:
+        The lines with `::` in front of each such block, unless it continues a list.
+    """
+    result: list[str] = []
+    for number, line in enumerate(lines):
+        above = [before for before in lines[:number] if before.strip()]
+        if above and not lines[number - 1].strip() and line.strip():
+            indent, last = _indent(line), above[-1]
+            in_list = re.match(r"\s*([-*]|\d+\.)\s", last)
+            if indent >= _indent(last) + 4 and not in_list and not last.rstrip().endswith("::"):
+                result += [" " * _indent(last) + "::", ""]
+        result.append(line)
+    return result
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def alt_texts(notebook: dict) -> dict[str, str]:
     """Map each stored picture of a notebook to its alt text.
 
@@ -137,6 +162,14 @@ def configure(app: Sphinx, config) -> None:
     options["launch_buttons"] = launch_buttons(options.get("repository_url", ""))
 
 
+def drop_live_code(app: Sphinx) -> None:
+    """Take away what Jupyter Book adds for live code: an address on every page, and an error."""
+    for event in ("env-before-read-docs", "doctree-resolved"):
+        for listener in list(app.events.listeners[event]):
+            if listener.handler.__module__ == "sphinx_thebe":
+                app.disconnect(listener.id)
+
+
 def add_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
     """Give each picture that a notebook cell drew the alt text stored with it."""
     source = Path(app.env.doc2path(app.env.docname))
@@ -150,8 +183,8 @@ def add_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def rewrite_docstring(app, what, name, obj, options, lines: list[str]) -> None:
-    """Apply `readable_code`, before napoleon reads the sections."""
-    lines[:] = readable_code("\n".join(lines)).split("\n")
+    """Apply `with_literal_blocks` and `readable_code`, before napoleon reads the sections."""
+    lines[:] = readable_code("\n".join(with_literal_blocks(lines))).split("\n")
     if what in ("attribute", "property"):
         # napoleon takes what stands before a colon for the type: "Bytes held: codes and scales".
         app.qlora_prose = list(lines)
@@ -169,5 +202,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", configure, priority=100)
     app.connect("autodoc-process-docstring", rewrite_docstring, priority=100)
     app.connect("autodoc-process-docstring", restore_prose, priority=900)
+    app.connect("builder-inited", drop_live_code)
     app.connect("doctree-read", add_alt_texts)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
