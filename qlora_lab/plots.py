@@ -807,10 +807,6 @@ def _box(
     ax.text(x + (width + left - right) / 2, y + 0.3, text, ha="center", va="center", fontsize=9.5)
 
 
-def _signed(number: float) -> str:
-    return f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
-
-
 @styled
 def differences(
     rows: Mapping[str, tuple[float, float, float]], quantity: str, zero: str = "no difference"
