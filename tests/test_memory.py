@@ -64,7 +64,7 @@ CONFIGS = {
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=4, n_head=4),
     "gpt2": GPT2Config(**_gpt, n_embd=64, n_positions=64, **_no_dropout),
 }
-LLAMA_FAMILY = ("llama", "llama-tied", "qwen2", "mistral")
+LLAMA_FAMILY = ("llama", "qwen2", "mistral")
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -146,8 +146,9 @@ def test_parameters_are_those_of_the_instantiated_model(name):
 
 
 @every_config
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("double_quant", "dtype"), [(True, torch.bfloat16), (False, torch.float32)]
+)
 def test_bytes_are_those_of_the_model_loaded_in_4_bits(checkpoints, name, double_quant, dtype):
     model = load(checkpoints[name], dtype, bits=4, double_quant=double_quant)
     book = ledger(CONFIGS[name], "qlora", batch=0, dtype=dtype, double_quant=double_quant)
