@@ -27,6 +27,9 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qlora_lab"
+sys.path.insert(0, str(ROOT))
+from tools.book import expected_pages  # noqa: E402  the table of contents, read in one place
+
 COLAB = "https://colab.research.google.com"
 JUPYTER_BOOK = {"IPython"}  # Jupyter Book brings and needs it: not to be mocked
 
@@ -139,20 +142,24 @@ class ModuleTable(SphinxDirective):
     """List every public module beside the first sentence of its docstring."""
 
     def run(self) -> list[nodes.Node]:
-        rows = [".. list-table::", "   :widths: 28 72", ""]
-        for page in self.env.toctree_includes.get(self.env.docname, []):
-            name = page.rpartition("/")[2]
+        lines = ["```{list-table}", ":widths: 30 70", ""]
+        for page in expected_pages():
+            folder, _, name = page.rpartition("/")
             source = PACKAGE / f"{name}.py"
-            self.env.note_dependency(str(source))
-            docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-            first = " ".join(docstring.partition("\n\n")[0].split())
-            rows += [f"   * - :doc:`{name} </{page}>`", f"     - {first}"]
-        return self.parse_text_to_nodes("\n".join(rows))
+            if folder == "book/api" and source.is_file():
+                self.env.note_dependency(str(source))
+                lines += [f"* - [`{name}`]({name}.md)", f"  - {first_paragraph(source)}"]
+        return self.parse_text_to_nodes("\n".join([*lines, "```"]))
+
+
+def first_paragraph(source: Path) -> str:
+    """Return the first paragraph of a module's docstring as one line."""
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def configure(app: Sphinx, config) -> None:
     """Set what depends on the sources or on the repository's address."""
-    sys.path.insert(0, str(ROOT))
     config.autodoc_mock_imports = third_party_imports(PACKAGE)
     sys.meta_path.insert(0, NotInstalled(config.autodoc_mock_imports))
     # `torch.device | str` in a signature is evaluated when a module is imported: let mocks do it.

@@ -132,3 +132,10 @@ def test_every_module_shows_its_public_names(html):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 if not node.name.startswith("_") and ast.get_docstring(node):
                     assert f'id="qlora_lab.{path.stem}.{node.name}"' in page, node.name
+
+
+def test_the_api_page_leads_to_every_module(pages, html):
+    modules = {f"{path.stem}.html" for path in (ROOT / "qlora_lab").glob("[!_]*.py")}
+    article = (html / "book" / "api" / "index.html").read_text(encoding="utf-8")
+    body = article.split("<article")[1].split("</article>")[0]
+    assert modules <= set(Page(body).links)
