@@ -4,7 +4,7 @@
 2. On Colab, install what is *missing*, bitsandbytes for instance. PyTorch and NumPy are never
    touched, and pip is told to keep every other package as it is.
 3. Anywhere else, install nothing: one line says what is missing and what to type.
-4. Quiet two messages that mean nothing here and differ from machine to machine.
+4. Quiet three messages that mean nothing here and differ from machine to machine.
 
 The choice: lower bounds and no pins. Notebooks that pin exact versions rot in both directions: the
 pin disappears, or it replaces what the runtime was built with and forces a restart in the middle
@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -162,9 +163,11 @@ def quiet() -> None:
     """Silence messages that say nothing about this course and depend on the machine.
 
     bitsandbytes warns about an optional package, but only on CPUs with AVX512-BF16; tokenizers
-    warns about threads when a process forks. Everything else stays visible.
+    warns about threads when a process forks; tqdm warns where a notebook has no widgets, which it
+    does without. Everything else stays visible.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message="IProgress not found")
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_says_something)
 
 

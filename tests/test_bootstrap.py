@@ -147,3 +147,14 @@ def test_quiet_drops_the_one_message_and_keeps_the_others(caplog):
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "x")
     logger.warning("weights are wrong")
     assert [record.message for record in caplog.records] == ["weights are wrong"]
+
+
+def test_quiet_drops_the_missing_widgets_and_no_other_warning():
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bootstrap.quiet()
+        warnings.warn("IProgress not found. Please update jupyter and ipywidgets.", stacklevel=1)
+        warnings.warn("no gradient reached the adapter", stacklevel=1)
+    assert [str(w.message) for w in caught] == ["no gradient reached the adapter"]
