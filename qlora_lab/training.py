@@ -141,6 +141,7 @@ class Result:
 
 
 def score_record(score: Score) -> dict[str, Any]:
+    """Turn a score into plain values for JSON: shares from 0 to 1, the interval, the row count."""
     low, high = score.interval()
     return {
         "exact_match": round(score.exact_match, 4),

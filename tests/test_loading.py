@@ -274,12 +274,12 @@ def test_fault_1_without_the_guard_such_a_layer_reads_wrong_scales():
     ("name", "portable"),
     [
         (EMBEDDED, EMBEDDED),
-        ("/home/anna/lab/qlora_lab/assets/model", EMBEDDED),
-        ("/home/anna/lab/qlora_lab/assets/model/", EMBEDDED),
+        ("/srv/anna/lab/qlora_lab/assets/model", EMBEDDED),
+        ("/srv/anna/lab/qlora_lab/assets/model/", EMBEDDED),
         ("C:\\Users\\Anna\\lab\\qlora_lab\\assets\\model", EMBEDDED),
         ("..\\qlora_lab/assets\\model\\", EMBEDDED),
         ("org/model", "org/model"),
-        ("/home/anna/my_qlora_lab/assets/model", "/home/anna/my_qlora_lab/assets/model"),
+        ("/srv/anna/my_qlora_lab/assets/model", "/srv/anna/my_qlora_lab/assets/model"),
         ("C:\\models\\llama", "C:\\models\\llama"),
     ],
 )

@@ -78,7 +78,7 @@ def hero() -> str:
 
     edges = [-1.06, *midpoints(table), 1.06]
     parts = []
-    for code, value in enumerate(table):
+    for code in range(len(table)):
         shape = slice_path(edges[code], edges[code + 1], to_x, to_y)
         parts.append(f'<path class="slice s{code % 2}" d="{shape}"/>')
     parts.append(f'<path class="axis" d="M{side / 2} {floor} H{width - side / 2}"/>')
