@@ -399,11 +399,15 @@ def test_regex_survives_anything(text):
 
 
 def test_regex_leaves_room_for_a_model():
-    """A task that regular expressions solve is no task for a language model."""
+    """A task that regular expressions solve is no task for a language model.
+
+    The bound leaves them the grades of one plain item each; corrections they cannot do at all.
+    """
     for grade in orders.GRADES:
         rows = orders.make_rows(grade, 100)
         score = evaluation.score(
             [evaluation.regex_baseline(row["text"]) for row in rows],
             [row["answer"] for row in rows],
         )
-        assert score.valid_json == 1.0 and score.exact_match < 0.7, grade
+        bound = 0.05 if grade == "corrections" else 0.9
+        assert score.valid_json == 1.0 and score.exact_match < bound, grade

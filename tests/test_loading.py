@@ -276,7 +276,7 @@ def test_fault_1_without_the_guard_such_a_layer_reads_wrong_scales():
         (EMBEDDED, EMBEDDED),
         ("/srv/anna/lab/qlora_lab/assets/model", EMBEDDED),
         ("/srv/anna/lab/qlora_lab/assets/model/", EMBEDDED),
-        ("C:\\Users\\Anna\\lab\\qlora_lab\\assets\\model", EMBEDDED),
+        ("C:\\lab\\Anna\\lab\\qlora_lab\\assets\\model", EMBEDDED),
         ("..\\qlora_lab/assets\\model\\", EMBEDDED),
         ("org/model", "org/model"),
         ("/srv/anna/my_qlora_lab/assets/model", "/srv/anna/my_qlora_lab/assets/model"),
