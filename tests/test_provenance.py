@@ -104,7 +104,7 @@ def test_without_git_there_is_no_commit(clone, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("/home/anna/models/llama", "llama"),
+        ("/srv/anna/models/llama", "llama"),
         ("C:\\Users\\Anna\\run", "run"),
         ("\\\\server\\share\\models\\llama", "llama"),
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
@@ -123,11 +123,11 @@ def test_absolute_paths_of_any_system_lose_their_folders(path, expected):
         (["/opt/env/bin/qlora-lab", "finetune", "--r", "8"], None, "qlora-lab finetune --r 8"),
         (["/x/qlora_lab/__main__.py", "ask", "two teas"], "qlora_lab.__main__",
          "python -m qlora_lab ask 'two teas'"),
-        (["tools/record.py", "--output=/home/anna/out"], None,
+        (["tools/record.py", "--output=/srv/anna/out"], None,
          "python tools/record.py --output=out"),
         (["qlora-lab", "finetune", "--output", "C:\\Users\\Anna\\out"], None,
          "qlora-lab finetune --output out"),
-        (["/x/ipykernel_launcher.py", "-f", "/home/anna/kernel.json"], "ipykernel_launcher",
+        (["/x/ipykernel_launcher.py", "-f", "/srv/anna/kernel.json"], "ipykernel_launcher",
          "a notebook"),
     ],
 )  # fmt: skip
