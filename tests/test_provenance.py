@@ -105,7 +105,7 @@ def test_without_git_there_is_no_commit(clone, monkeypatch):
     ("path", "expected"),
     [
         ("/srv/anna/models/llama", "llama"),
-        ("C:\\Users\\Anna\\run", "run"),
+        ("C:\\lab\\Anna\\run", "run"),
         ("\\\\server\\share\\models\\llama", "llama"),
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
         ("runs/finetune-1", "runs/finetune-1"),
@@ -125,7 +125,7 @@ def test_absolute_paths_of_any_system_lose_their_folders(path, expected):
          "python -m qlora_lab ask 'two teas'"),
         (["tools/record.py", "--output=/srv/anna/out"], None,
          "python tools/record.py --output=out"),
-        (["qlora-lab", "finetune", "--output", "C:\\Users\\Anna\\out"], None,
+        (["qlora-lab", "finetune", "--output", "C:\\lab\\Anna\\out"], None,
          "qlora-lab finetune --output out"),
         (["/x/ipykernel_launcher.py", "-f", "/srv/anna/kernel.json"], "ipykernel_launcher",
          "a notebook"),
