@@ -542,7 +542,7 @@ def test_the_tokenizer_is_saved_beside_it(saved):
 
 @pytest.mark.parametrize(
     "written",
-    ["C:\\Users\\Anna\\lab\\qlora_lab\\assets\\model", "/home/anna/qlora_lab/assets/model"],
+    ["C:\\lab\\Anna\\lab\\qlora_lab\\assets\\model", "/srv/anna/qlora_lab/assets/model"],
 )
 def test_an_adapter_from_another_machine_finds_the_embedded_model(saved, tmp_path, written):
     adapter = tmp_path / "adapter"
