@@ -1,11 +1,15 @@
 """The pretraining corpus: Python source that is present wherever the requirements are.
 
-Three pools, because the held-out text is standard-library code and nearby text teaches most:
+Three pools of files, because the held-out text is standard-library code and nearby text teaches
+most:
 
 * ``core``: the standard library without its tests,
 * ``tests``: the standard library's own tests (absent from some Python builds),
 * ``packages``: the `.py` files of the pinned packages, at most a few megabytes of each so that
   no single project sets the tone.
+
+A fourth, ``definitions``, repeats functions and small classes of the other three as texts of
+their own.
 
 A language model that has seen its exam proves nothing, and Python code is copied a lot
 (`multiprocess` is `multiprocessing`, pip vendors `tomllib`). So every training file that shares
@@ -26,7 +30,9 @@ import os
 import random
 import re
 import sysconfig
+import textwrap
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +135,55 @@ class HeldOut:
             if (self.runs[where] == runs).any():
                 return "run"
         return None if self.bodies.isdisjoint(function_bodies(source)) else "body"
+
+
+def definitions(texts: list[str]) -> list[str]:
+    """Functions, methods and small classes cut out of `texts`, each one a text of its own.
+
+    A file begins with a docstring and imports; who has only read files has never seen a text
+    that begins with ``def``, nor one that ends where the function ends. Kept are, moved to column 0
+    and without their docstring, those of 3 to 24 lines (classes: to 40) and two statements or
+    more in which no line occurs three times. Their order is that of the texts; no copies.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError):
+            continue
+        lines = text.split("\n")
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                cut = _cut(node, lines)
+                if cut:
+                    found[cut] = None
+    return list(found)
+
+
+def _cut(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str | None:
+    """One definition as :func:`definitions` keeps it, or None."""
+    wanted = list(range(node.lineno - 1, node.end_lineno))
+    if ast.get_docstring(node, clean=False) is not None:
+        doc = node.body[0]
+        wanted = [i for i in wanted if not doc.lineno - 1 <= i <= doc.end_lineno - 1]
+    kept = [lines[i] for i in wanted]
+    if not 3 <= len(kept) <= (40 if isinstance(node, ast.ClassDef) else 24):
+        return None
+    cut = textwrap.dedent("\n".join(line.rstrip() for line in kept)).strip("\n") + "\n"
+    seen = Counter(line.strip() for line in cut.split("\n") if line.strip())
+    if max(seen.values()) >= 3 or not cut.startswith(("def ", "class ")):
+        return None
+    try:  # a string over several lines may have been moved, a one-line body taken away
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(cut)
+    except (SyntaxError, ValueError):
+        return None
+    statements = sum(isinstance(n, ast.stmt) for n in ast.walk(tree))
+    methods = any(isinstance(n, ast.FunctionDef) for n in ast.walk(tree))  # no lists of constants
+    return cut if len(tree.body) == 1 and statements >= 3 and methods else None
 
 
 def heldout_texts() -> dict[str, str]:

@@ -48,7 +48,7 @@ SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 # A line break and the indentation after it are one piece: code is then a fifth shorter.
 # Words carry one leading space, dot or underscore; digits stand alone, as quantities must copy.
 SPLIT = r"(?:[ \t]*\n)+[ \t]*|[ ._]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
-ROWS = 16  # rows of a step, mixed from (core, tests, packages)
+ROWS = 16  # rows of a step, mixed from (core, tests, packages, definitions)
 
 
 def train_tokenizer(pools: dict[str, list[str]]) -> Tokenizer:
@@ -94,6 +94,9 @@ def prepare(out: Path, seed: int) -> tuple[dict[str, np.ndarray], Tokenizer, dic
     if not cache.exists():
         pools, report = corpus.build()
         tokenizer = train_tokenizer(pools)
+        cut = corpus.definitions([text for texts in pools.values() for text in texts])
+        report["definitions"] = {"texts": len(cut), "bytes": sum(len(t.encode()) for t in cut)}
+        pools["definitions"] = cut
         rows = {name: pack(texts, tokenizer, seed) for name, texts in pools.items()}
         report["rows"] = {name: len(r) for name, r in rows.items()}
         report["tokens"] = {name: int(r.size) for name, r in rows.items()}
@@ -205,8 +208,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 8192 tokens")
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the run")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate; AdamW takes a fifth")
-    parser.add_argument("--mix", type=int, nargs=3, default=(10, 2, 4), help="while constant")
-    parser.add_argument("--decay-mix", type=int, nargs=3, default=(13, 1, 2), help="while it falls")
+    parser.add_argument("--mix", type=int, nargs=4, default=(6, 1, 2, 7), help="while constant")
+    parser.add_argument("--decay-mix", type=int, nargs=4, default=(7, 0, 1, 8), help="while it falls")
     parser.add_argument("--micro", type=int, default=4, help="rows a forward pass, of 16 a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -244,7 +247,8 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        step, seconds, rows.place = saved["step"], saved["seconds"], saved["place"]
+        step, seconds = saved["step"], saved["seconds"]
+        rows.place[: len(saved["place"])] = saved["place"]  # a pool may have come since
         history = saved.get("history", [])
         print(f"resumed at step {step}", flush=True)
     if args.export_now:
