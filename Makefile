@@ -48,6 +48,7 @@ bench: env ## measure speed against bitsandbytes and torchao
 
 gpu: env ## on an NVIDIA card: repeat the proofs, record times and peak memory
 	@$(RUN) -m pytest -m gpu $(ARGS)
+	@$(RUN) -m tools.record_gpu
 	@$(RUN) -m benchmarks --gpu
 
 set-url: env ## give the course its public address (URL=https://github.com/owner/name)

@@ -105,3 +105,54 @@ def test_the_heldout_text_is_what_the_course_says():
         assert "\r" not in text, f"{name}: line ends were converted; see .gitattributes"
     licence = Path(corpus.heldout_dir()) / "LICENSE-PSF.txt"
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licence.read_text("utf-8")
+
+
+FILE = '''"""A file."""
+import os
+
+
+class Basket:
+    """Holds stones."""
+
+    limit = 3
+
+    def add(self, stone):
+        """Put a stone in.
+
+        Or not.
+        """
+        if len(self.stones) < self.limit:
+            self.stones.append(stone)
+        return self
+
+    def short(self): return 1
+
+
+def repeats(x):
+    x += 1
+    x += 1
+    x += 1
+    return x
+'''
+
+
+def test_definitions_begin_at_column_0_without_docstring_and_end_where_they_end():
+    basket, add = corpus.definitions([FILE, FILE])  # no copies; `repeats` is no model
+    assert basket.startswith("class Basket:\n\n    limit = 3\n"), "its own docstring is gone"
+    assert basket.endswith("    def short(self): return 1\n")
+    expected = textwrap.dedent(
+        """
+            def add(self, stone):
+                if len(self.stones) < self.limit:
+                    self.stones.append(stone)
+                return self
+            """
+    ).lstrip("\n")
+    assert add == expected
+
+
+def test_definitions_leave_out_what_is_long_or_does_not_parse():
+    body = "".join(f"    x{i} = {i}\n" for i in range(24))
+    assert corpus.definitions([f"def long():\n{body}", "def broken(:\n    pass\n"]) == []
+    constants = "class Codes:\n    A = 1\n    B = 2\n    C = 3\n"
+    assert corpus.definitions([constants]) == []

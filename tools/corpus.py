@@ -142,7 +142,7 @@ def definitions(texts: list[str]) -> list[str]:
 
     A file begins with a docstring and imports; who has only read files has never seen a text
     that begins with ``def``, nor one that ends where the function ends. Kept are, moved to column 0
-    and without their docstring, those of 3 to 24 lines (classes: to 40) and two statements or
+    and without their own docstring, those of 3 to 24 lines (classes: to 40) and two statements or
     more in which no line occurs three times. Their order is that of the texts; no copies.
     """
     found: dict[str, None] = {}

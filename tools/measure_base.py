@@ -123,7 +123,9 @@ Python source text that is present wherever the course's requirements are: the s
 ({core_files} files, {core_mb:.1f} MB), its tests ({tests_files} files, {tests_mb:.1f} MB) and the
 pinned packages ({packages_files} files, {packages_mb:.1f} MB). {dropped} files were dropped because
 they *are* held out, or share with held-out text a normalised function body of six lines or more
-or a run of 50 tokens. The list of dropped files and the corpus hash are in `training.json`.
+or a run of 50 tokens. From what is left, {definitions:,} functions and small classes
+({definitions_mb:.1f} MB) are cut out and used a second time as texts of their own: files begin with
+docstrings and imports, prompts begin with `def`. The list of dropped files and the corpus hash are in `training.json`.
 
 ## Training
 
@@ -145,8 +147,8 @@ Made by `tools/measure_base.py`; all completions are in `measured.json`.
 
 ## Limits
 
-It has seen Python and the English of docstrings, and nothing else, and little of that: greedy
-completions soon run in circles, as the last row of the table says. It knows no facts, follows no
+It has seen Python and the English of docstrings, and nothing else, and little of that: its code has
+the form of code and rarely a purpose. It knows no facts, follows no
 instruction and must not be used to write code that anyone runs. Its value is to be trained
 further in two minutes. Results on it carry over to large models in mechanics (what is stored,
 what flows where, what is equal to what), not in rankings of methods.
@@ -168,6 +170,8 @@ def card(trained: dict, measured: dict) -> str:
     return CARD.format(
         parameters=trained["parameters"],
         dropped=len(trained["corpus"]["dropped"]),
+        definitions=trained["corpus"]["definitions"]["texts"],
+        definitions_mb=trained["corpus"]["definitions"]["bytes"] / 1e6,
         tokens=trained["tokens"] / 1e6,
         steps=trained["steps"],
         hours=trained["hours"],

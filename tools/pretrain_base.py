@@ -209,7 +209,9 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the run")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate; AdamW takes a fifth")
     parser.add_argument("--mix", type=int, nargs=4, default=(6, 1, 2, 7), help="while constant")
-    parser.add_argument("--decay-mix", type=int, nargs=4, default=(7, 0, 1, 8), help="while it falls")
+    parser.add_argument(
+        "--decay-mix", type=int, nargs=4, default=(7, 0, 1, 8), help="while it falls"
+    )
     parser.add_argument("--micro", type=int, default=4, help="rows a forward pass, of 16 a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
