@@ -31,6 +31,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist, fmean, pstdev
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -38,6 +39,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from qlora_lab.errors import InputError
+
+if TYPE_CHECKING:
+    from qlora_lab.memory import Ledger
 
 BACKGROUND, INK, FAINT, GRID = "#ffffff", "#20262e", "#5b6470", "#e3e6ea"
 DARK_PAGE = "#121212"
@@ -981,3 +985,81 @@ def _quantile(ordered: Sequence[float], probability: float) -> float:
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+# The memory budget
+
+
+@styled
+def memory_bars(runs: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]) -> Figure:
+    """Draw the bytes of several runs as stacked bars, with the memory of cards as lines.
+
+    Args:
+        runs: Run -> slice -> bytes, as `ledger_slices` gives them; slices as in `SLICES`.
+        limits: Name of a limit -> bytes.
+
+    Returns:
+        The figure; the total stands beside each bar.
+
+    Raises:
+        InputError: There is no run, or a slice is unknown.
+    """
+    _not_empty("runs", runs)
+    unknown = {name for book in runs.values() for name in book} - set(SLICES)
+    if unknown:
+        raise InputError(f"slices {sorted(unknown)} are unknown: give some of {', '.join(SLICES)}")
+    figure, (ax,) = _figure(1.5 + 0.42 * len(runs))
+    longest = max(sum(book.values()) for book in runs.values())
+    scale, unit = (1e9, "GB") if longest > 1e9 else (1e6, "MB")
+    for row, book in enumerate(runs.values()):
+        left = 0.0
+        for name in SLICES:
+            width = book.get(name, 0) / scale
+            ax.barh(row, width, left=left, height=0.62, **_slice_style(name, None))
+            left += width
+        ax.text(left + longest / scale * 0.012, row, f"{left:.1f}", va="center", fontsize=9,
+                bbox={"facecolor": BACKGROUND, "edgecolor": "none", "pad": 1})  # fmt: skip
+    for name, limit in limits.items():
+        ax.axvline(limit / scale, color=INK, linewidth=1.2, linestyle=DASHES[1])
+        ax.text(limit / scale, -0.62, name, ha="center", va="bottom", fontsize=8.5)
+    ax.set_xlim(0, 1.08 * max(longest, *limits.values()) / scale if limits else None)
+    ax.set_yticks(range(len(runs)), runs)
+    ax.set_ylim(len(runs) - 0.5, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(f"memory ({unit}, 1 {unit} = {scale:,.0f} bytes)")
+    used = [name for name in SLICES if any(book.get(name) for book in runs.values())]
+    handles = [Patch(label=SLICES[name], **_slice_style(name, None)) for name in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.4)
+    totals = [f"{run} {sum(book.values()) / scale:.1f} {unit}" for run, book in runs.items()]
+    lines = f" Dashed lines: {_list(list(limits))}." if limits else ""
+    figure.alt = f"Stacked bars of memory, in total: {', '.join(totals)}.{lines}"
+    return figure
+
+
+def ledger_slices(book: Ledger) -> dict[str, float]:
+    """Sum the rows of a ledger into the slices of the course's pictures.
+
+    Args:
+        book: A ledger.
+
+    Returns:
+        Slice -> bytes; the copy of one dequantized weight counts as an activation.
+    """
+    slices = dict.fromkeys(SLICES, 0)
+    for row in book.rows:
+        slices[_SLICE_OF_ROW.get(row.name, "weights")] += row.bytes
+    return slices
+
+
+_SLICE_OF_ROW = {
+    "quantization constants": "constants",
+    "embeddings and head": "embeddings",
+    "norms, biases, other": "embeddings",
+    "buffers": "embeddings",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer state": "optimizer",
+    "activations": "activations",
+    "logits": "activations",
+    "one weight dequantized": "activations",
+}
