@@ -44,6 +44,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_lab.errors import InputError
 from qlora_lab.lora import find_targets
@@ -594,6 +597,58 @@ def record_saved(model: nn.Module) -> Iterator[list[Saved]]:
             handle.remove()
 
 
+class LiveBytes(TorchDispatchMode):
+    """Follow the bytes of a training step: what operations have made and nobody has freed.
+
+    `record_saved` says what autograd keeps at the end of a forward pass. This context manager
+    looks after every single operation, forward and backward, and so shows the peak and its
+    moment. It counts storages, not allocations: workspaces inside one operation are not seen,
+    and the model's own parameters, buffers and quantization constants are left out.
+
+    Args:
+        model: The model that will be trained inside the `with` block.
+
+    Attributes:
+        timeline: Bytes alive after each operation, in order.
+
+    Source:
+        `torch.utils._python_dispatch.TorchDispatchMode`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.timeline: list[int] = []
+        self._own = {_storage(tensor) for tensor in _held_tensors(model)}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in self._own:
+                storage = leaf.untyped_storage()
+                entry = (StorageWeakRef(storage), storage.nbytes())
+                self._alive.setdefault(_storage(leaf), entry)
+        self.timeline.append(self.now())
+        return out
+
+    def now(self) -> int:
+        """Bytes alive at this moment."""
+        for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:
+            del self._alive[key]
+        return sum(size for _, size in self._alive.values())
+
+
+def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and the constants that bitsandbytes hangs on a 4-bit weight."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # double quantization: a second state inside the first
+            yield from (value for value in vars(state).values() if isinstance(value, Tensor))
+            state = getattr(state, "state2", None)
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -689,7 +744,6 @@ def _activations(run: _Run, batch: int, sequence: int, autocast: bool) -> Activa
 def _trace(run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
     """Run one forward pass on fake tensors and collect what it saves."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_leaves
 
     inputs: dict[str, dict[int, int]] = {}
     alive: list[Tensor] = []
@@ -702,9 +756,11 @@ def _trace(run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
 
         return hook
 
-    with FakeTensorMode(), _DropoutAsOnGPU():
+    with torch.device("meta"):
         model = run.model()
-        blocks = _fold_equal_blocks(model)
+    blocks = _fold_equal_blocks(model)
+    with FakeTensorMode(), _DropoutAsOnGPU():
+        _replace_tensors_by_fakes(model)  # only now: to build 80 blocks of fakes takes seconds
         for name in blocks:
             model.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True)
         ids = torch.zeros(batch, sequence, dtype=torch.long)
@@ -733,6 +789,22 @@ def _fold_equal_blocks(model: nn.Module) -> dict[str, int]:
         else:
             stands_for |= {f"{name}.{i}": 1 for i in range(count)}
     return stands_for
+
+
+def _replace_tensors_by_fakes(model: nn.Module) -> None:
+    """Give every parameter and buffer of a "meta" model a place on the current mode's fake CPU."""
+    fakes: dict[int, Tensor] = {}  # a tied weight is replaced by one and the same fake
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                tensors[name] = fakes[id(tensor)]
 
 
 class _DropoutAsOnGPU(torch.overrides.TorchFunctionMode):

@@ -15,9 +15,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -31,9 +28,11 @@ from transformers import (
     ViTConfig,
 )
 
+from qlora_lab import plots
 from qlora_lab.errors import InputError
 from qlora_lab.memory import (
     LOSS_BYTES_PER_LOGIT,
+    LiveBytes,
     adam_bytes,
     constant_bytes,
     ledger,
@@ -388,32 +387,6 @@ def test_formula_equals_trace(name, method, dtypes, attention):
     assert seen.block_bytes(typical) == on_paper
 
 
-class LiveBytes(TorchDispatchMode):
-    """Add up the bytes of all storages that operations have made and nobody has freed."""
-
-    def __init__(self, model):
-        super().__init__()
-        own = [*model.parameters(), *model.buffers(), *quant_state_tensors(model)]
-        self.own = {t.untyped_storage()._cdata for t in own}
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.own:
-                storage = leaf.untyped_storage()
-                entry = (StorageWeakRef(storage), storage.nbytes())
-                self.storages.setdefault(storage._cdata, entry)
-        self.peak = max(self.peak, self.now())
-        return out
-
-    def now(self):
-        gone = [key for key, (ref, _) in self.storages.items() if ref.expired()]
-        for key in gone:
-            del self.storages[key]
-        return sum(size for _, size in self.storages.values())
-
-
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -442,18 +415,19 @@ def test_live_memory_of_a_real_step(checkpoints, method, dtype, checkpointing):
     live = LiveBytes(model)
     with live:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        after_forward, live.peak = live.now(), 0
+        after_forward, done = live.now(), len(live.timeline)
         loss.backward()
+    peak = max(live.timeline[done:])
 
     kept = activations
     if checkpointing:  # the recomputed block is not there yet
         kept -= max(book.activations.block_bytes(b, inputs=False) for b in book.activations.blocks)
     assert after_forward == kept + 4 * per_logit + labels + scalars
     if not checkpointing:  # the loss's backward pass is the peak: 12 bytes a logit
-        assert live.peak == activations + logits + scalars
+        assert peak == activations + logits + scalars
     rest = ("activations", "logits", "gradients", "one weight dequantized")
     transient = sum(row.bytes for row in book.rows if row.name in rest)
-    assert activations <= live.peak <= transient + labels + scalars
+    assert activations <= peak <= transient + labels + scalars
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert gradients == book["gradients"].bytes
 
@@ -535,6 +509,19 @@ def test_table_names_its_units():
     assert "1 MB = 1,000,000 bytes" in str(ledger(CONFIGS["llama"], batch=0))
 
 
+def test_slices_of_the_pictures_lose_no_byte():
+    """What `plots.memory_bars` draws is the ledger's rows, all of them, in the spine's slices."""
+    for method in ("full", "lora", "qlora"):
+        book = ledger(CONFIGS["llama"], method, r=4, batch=BATCH, sequence=SEQUENCE)
+        slices = plots.ledger_slices(book)
+        assert sum(slices.values()) == book.total
+        assert slices["weights"] == book.rows[0].bytes
+    figure = plots.memory_bars({"one run": slices}, {"a card": 3e6})
+    assert f"one run {book.total / 1e6:.1f} MB" in figure.alt and "a card" in figure.alt
+    with pytest.raises(InputError, match="no_such"):
+        plots.memory_bars({"one run": {"no_such": 1}}, {})
+
+
 def test_rows_add_up_and_are_found_by_name():
     book = ledger(CONFIGS["llama"], batch=0)
     assert book.total == sum(row.bytes for row in book.rows)
@@ -602,6 +589,28 @@ def test_recording_changes_no_output():
         recorded = model(input_ids=token_ids()).logits
     assert torch.equal(plain, recorded) and saved
     assert {s.module for s in saved} >= {"model.norm", "model.layers.3.mlp.down_proj"}
+
+
+def test_live_bytes_follow_every_operation():
+    """Three operations on a model that is not counted itself: one by one, by hand."""
+    model = torch.nn.Linear(8, 4, bias=False)
+    with LiveBytes(model) as live:
+        x = torch.ones(2, 8)  # 64 bytes
+        y = model(x)  # 32 more; the weight's transpose is a view of the weight
+        z = y * 2  # 32 more
+        assert live.timeline[-1] == 128
+        del z
+        assert live.now() == 96
+        x = x.view(16)  # a view is no new memory
+    assert live.now() == 96 and max(live.timeline) == 128 and y.shape == (2, 4)
+
+
+def test_live_bytes_of_a_4_bit_model_leave_its_constants_out(checkpoints):
+    model = build(checkpoints["llama"], "qlora")
+    with LiveBytes(model) as live:
+        for tensor in quant_state_tensors(model):
+            tensor.view(-1)
+    assert set(live.timeline) == {0}
 
 
 def test_hooks_are_gone_after_recording():
