@@ -1019,7 +1019,7 @@ def memory_bars(runs: Mapping[str, Mapping[str, float]], limits: Mapping[str, fl
             left += width
         ax.text(1.01, row, f"{left:.1f} {unit}", transform=ax.get_yaxis_transform(), va="center",
                 fontsize=9)  # fmt: skip
-    end = 1.04 * max(longest, *limits.values()) / scale
+    end = 1.04 * max([longest, *limits.values()]) / scale
     places = sorted((limit / scale, name) for name, limit in limits.items())
     for i, (at, name) in enumerate(places):
         for color, width in ((BACKGROUND, 3.2), (INK, 1.2)):  # seen on the bars, too
