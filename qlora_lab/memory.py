@@ -221,14 +221,14 @@ def ledger(
         rows.append(Row("adapters", sum(trainable), trainable_bytes, note))
     rows.append(Row("gradients", 0, trainable_bytes, "one for every trained parameter"))
     rows.append(_optimizer_row(trainable, optimizer, paged))
-    seen = _activations(run, batch, sequence, autocast) if batch else None
-    if seen is not None:
+    vocabulary, dequantized = _vocabulary(model), _dequantized_row(model, dtype)
+    seen = _activations(model, run, batch, sequence, autocast) if batch else None
+    if seen is not None:  # by now the model has only two blocks left
         rows.append(Row("activations", 0, seen.bytes(checkpointing), seen.note(checkpointing)))
-        vocabulary = _vocabulary(model)
         logits = LOSS_BYTES_PER_LOGIT * batch * sequence * vocabulary
         rows.append(Row("logits", 0, logits, f"12 bytes x tokens x {vocabulary:,} words"))
     if method == "qlora":
-        rows.append(_dequantized_row(model, dtype))
+        rows.append(dequantized)
 
     name = type(model).__name__
     adapters = "" if method == "full" else f", r={r}"
@@ -728,10 +728,12 @@ class Activations:
         return "\n".join(lines)
 
 
-def _activations(run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
+def _activations(
+    model: nn.Module, run: _Run, batch: int, sequence: int, autocast: bool
+) -> Activations:
     """What the run saves, or one line on why that cannot be known for its architecture."""
     try:
-        return _trace(run, batch, sequence, autocast)
+        return _trace(model, run, batch, sequence, autocast)
     except Exception as error:  # whatever someone else's forward pass needs that shapes lack
         if isinstance(error, InputError):
             raise
@@ -741,8 +743,8 @@ def _activations(run: _Run, batch: int, sequence: int, autocast: bool) -> Activa
         ) from error
 
 
-def _trace(run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
-    """Run one forward pass on fake tensors and collect what it saves."""
+def _trace(model: nn.Module, run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
+    """Run one forward pass on fake tensors and collect what it saves; this uses the model up."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     inputs: dict[str, dict[int, int]] = {}
@@ -756,8 +758,6 @@ def _trace(run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
 
         return hook
 
-    with torch.device("meta"):
-        model = run.model()
     blocks = _fold_equal_blocks(model)
     with FakeTensorMode(), _DropoutAsOnGPU():
         _replace_tensors_by_fakes(model)  # only now: to build 80 blocks of fakes takes seconds
