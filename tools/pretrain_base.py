@@ -15,10 +15,6 @@ Two choices buy most of the quality that a CPU can afford:
   mix turns to nearly all standard library: the text nearest to the held-out modules comes
   last, when the rate is low and is remembered best.
 
-One more is needed because a model this small, asked for its most likely text, soon writes the same
-line for ever. In the last steps it also goes on, greedily, from beginnings of training functions,
-and is taught that the tokens that repeat five at a time were wrong (`unlikelihood`).
-
 Everything is under `--out` (default `runs/pretrain`): corpus cache, tokenizer, `checkpoint.pt`
 (replaced atomically), `curve.jsonl`. The export goes to `--export` at the end only.
 """
@@ -207,56 +203,6 @@ class Rows:
         return self._cached[pool][1]
 
 
-def beginnings(rows: np.ndarray, seed: int, count: int = 32) -> torch.Tensor:
-    """The first tokens of `count` training definitions, as int64 of shape (count, length).
-
-    One length, drawn from 8 to 40 tokens, for all: a batch without padding.
-    """
-    rng = np.random.default_rng([seed, 1])
-    length = int(rng.integers(8, 41))
-    found: list[np.ndarray] = []
-    while len(found) < count:
-        row = rows[rng.integers(len(rows))]
-        for start in rng.permutation(np.flatnonzero(row == 1))[:2]:
-            piece = row[start : start + length]
-            if len(piece) == length and not (piece == 2).any():
-                found.append(piece)
-    return torch.from_numpy(np.stack(found[:count]).astype(np.int64))
-
-
-def repeats(ids: list[int], begin: int, length: int = 5) -> list[bool]:
-    """For each token from `begin` on: does it end a run of `length` that was there before?"""
-    seen, flags = set(), []
-    for end in range(length, len(ids) + 1):
-        run = tuple(ids[end - length : end])
-        if end > begin:
-            flags.append(run in seen)
-        seen.add(run)
-    return [False] * (len(ids) - begin - len(flags)) + flags
-
-
-def unlikelihood(model: LlamaForCausalLM, prefix: torch.Tensor, new: int = 64) -> torch.Tensor:
-    """Go on greedily from `prefix` (b, n); mean of -log(1 - p) over the tokens that repeat.
-
-    Source: Welleck et al., Neural Text Generation with Unlikelihood Training (ICLR 2020),
-    the sequence-level loss of section 5.
-    """
-    with torch.no_grad():
-        ids = model.generate(
-            prefix,
-            attention_mask=torch.ones_like(prefix),
-            max_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    n = prefix.shape[1]
-    wrong = torch.tensor([repeats(row, n) for row in ids.tolist()], device=ids.device)
-    wrong &= ids[:, n:] > 2  # what follows the end is padding
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, n - 1 :]
-    p = logits.log_softmax(-1).gather(-1, ids[:, n:, None])[..., 0].exp()
-    return -(torch.log1p(-p.clamp(max=0.9999)) * wrong).sum() / wrong.sum().clamp(min=1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 8192 tokens")
@@ -266,7 +212,6 @@ def main() -> None:
     parser.add_argument(
         "--decay-mix", type=int, nargs=4, default=(7, 0, 1, 8), help="while it falls"
     )
-    parser.add_argument("--unlike", type=int, default=300, help="last steps with unlikelihood")
     parser.add_argument("--micro", type=int, default=4, help="rows a forward pass, of 16 a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -335,7 +280,6 @@ def main() -> None:
         os.replace(partial, checkpoint)
 
     decay_from = int(args.steps * (1 - args.decay))
-    unlike = 0.0
     begun = time.perf_counter()
     bar = tqdm(total=args.steps, initial=step, mininterval=10, file=sys.stderr)
     while step < args.steps:
@@ -352,11 +296,6 @@ def main() -> None:
             loss = fast_loss(part) / len(parts)
             loss.backward()
             total += loss.item()
-        if step >= args.steps - args.unlike:
-            prefix = beginnings(pools["definitions"], step).to(args.device)
-            loss = unlikelihood(model, prefix)
-            loss.backward()
-            unlike = loss.item()
         torch.nn.utils.clip_grad_norm_([embedding, *others], 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -364,15 +303,13 @@ def main() -> None:
         step += 1
         seconds += time.perf_counter() - tick
         bar.update()
-        bar.set_postfix(loss=f"{total:.3f}", unlike=f"{unlike:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         if step % 10 == 0:
             record = {"step": step, "loss": round(total, 4), "lr": round(args.lr * factor, 6)}
             record["seconds"] = round(seconds, 1)
-            if unlike:
-                record["unlike"] = round(unlike, 4)
             with open(args.out / "curve.jsonl", "a") as handle:
                 handle.write(json.dumps(record) + "\n")
-        if step % 100 == 0 or step == args.steps:
+        if step % 50 == 0 or step == args.steps:
             save()
         if args.minutes and time.perf_counter() - begun > args.minutes * 60:
             save()
