@@ -1143,7 +1143,8 @@ def error_by_storage(
         ordered = sorted(points.items(), key=lambda item: item[1])
         ax.plot([x for _, (x, _) in ordered], [y for _, (_, y) in ordered], **_look(i), label=name)
         for label, (x, y) in ordered if i == 0 else ():
-            ax.annotate(label, (x, y), (7, 4), textcoords="offset points", fontsize=9)
+            ax.annotate(label, (x, y), (7, 4), textcoords="offset points", fontsize=9,
+                        bbox={"facecolor": BACKGROUND, "linewidth": 0, "pad": 1})  # fmt: skip
     if budget is not None:
         ax.axvline(budget, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
         ax.annotate(f"{budget:g} bits", (budget, 0), (5, 6), xycoords=("data", "axes fraction"),
