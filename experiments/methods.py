@@ -154,7 +154,8 @@ def main() -> None:
                 print(path.stem, flush=True)
                 write(path, one_run(method, seed, args.device))
     summary = summarise(out)
-    write(out / "summary.json", summary)
+    source = provenance(command="python -m experiments.methods")
+    write(out / "summary.json", {"exact_match": summary, "provenance": source})
     for method, grades in summary.items():
         means = "  ".join(f"{g} {sum(v) / len(v):.1%}" for g, v in grades.items())
         print(f"{method:<17} {means}")

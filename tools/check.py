@@ -28,6 +28,7 @@ from tools import book
 from tools.notebooks import ROOT, chapters, kernel_environment
 
 OTHER_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+WORKERS = min(2, os.cpu_count() or 1)
 BAR = 24  # characters of the longest bar in the closing table
 
 
@@ -47,16 +48,20 @@ def unit() -> bool:
     """Run the tests of package and tools, on two processes."""
     # One thread each: two processes with two threads each would fight for two cores.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    workers = str(min(2, os.cpu_count() or 1))
     return python(
-        *("-m", "pytest", "-q", "-n", workers, "--dist", "loadfile", "--durations", "10"),
+        *("-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", "--durations", "10"),
         *("--ignore", "tests/book", "tests"),
         env=env,
     )
 
 
-def notebooks(extra: dict[str, str] | None = None) -> bool:
-    """Run every cell of every chapter and compare with what is stored."""
+def notebooks(extra: dict[str, str] | None = None, workers: int = 1) -> bool:
+    """Run every cell of every chapter and compare with what is stored.
+
+    Args:
+        extra: Environment variables of the kernels.
+        workers: Chapters that run at the same time.
+    """
     # A first import of matplotlib may say on stderr that it builds its font cache; do it here.
     python("-c", "import matplotlib.font_manager")
     with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +70,8 @@ def notebooks(extra: dict[str, str] | None = None) -> bool:
             *("-m", "pytest", "-q", "--nbval", "--nbval-current-env"),
             *("--nbval-sanitize-with", "tests/nbval_sanitize.cfg"),
             *("--nbval-cell-timeout", "900", "--durations", "5"),
+            # loadscope: the cells of one chapter stay together and in order.
+            *(("-n", str(workers), "--dist", "loadscope") if workers > 1 else ()),
             *(str(path.relative_to(ROOT)) for path in chapters()),
             env=env,
         )
@@ -72,7 +79,7 @@ def notebooks(extra: dict[str, str] | None = None) -> bool:
 
 def other_cpu() -> bool:
     """Run the chapters with what stands in for another processor."""
-    return notebooks(OTHER_CPU)
+    return notebooks(OTHER_CPU, WORKERS)  # one thread each, so two at a time
 
 
 def pages() -> bool:
@@ -88,7 +95,7 @@ def pages() -> bool:
 
 def browser() -> bool:
     """Look at the built book with Chromium."""
-    return python("-m", "pytest", "-q", "--durations", "5", "tests/book")
+    return python("-m", "pytest", "-q", "-n", str(WORKERS), "--durations", "5", "tests/book")
 
 
 STEPS: dict[str, Callable[[], bool]] = {

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tools import book
 
@@ -62,8 +63,10 @@ def newest_source() -> float:
 def html():
     """The folder of the built book, built now if it is missing or older than its sources."""
     index = book.HTML / "index.html"
-    if not index.exists() or index.stat().st_mtime < newest_source():
-        book.build()
+    book.HTML.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(book.HTML.parent / "html.lock"):  # of several workers, one builds
+        if not index.exists() or index.stat().st_mtime < newest_source():
+            book.build()
     return book.HTML
 
 
