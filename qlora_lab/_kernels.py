@@ -7,10 +7,13 @@ every weight once from memory instead of a dozen times. Three things make it fas
 - even and odd weights are handled apart, so that a byte is finished where it is computed;
 - the codes are counted as 32-bit floats, the type the comparison's mask has already.
 
-The choice made here: only full blocks, only float32, and only the number of blocks may vary, so
-that one compilation serves every tensor of a process with the same block size and codebook. Ragged
-ends stay with `blockwise`. The other choice, compiling each shape, would compile for seconds at
-every new layer.
+`dequantize_blocks` is the way back, also in one pass. Eager PyTorch writes every weight twice, the
+level first and then the product.
+
+The choice made here: only full blocks, only float32 arithmetic, and only the number of blocks may
+vary, so that one compilation serves every tensor of a process with the same block size and
+codebook. Ragged ends stay with `blockwise`. The other choice, compiling each shape, would compile
+for seconds at every new layer.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 
 _TINY = 1e-38  # blockwise.TINY, which this module may not import: it stands below blockwise
 _MOST_VARIANTS = 8  # torch.compile gives up on a function after eight recompilations
-_variants: set[tuple[int, tuple[float, ...]]] = set()
+_variants: set[tuple] = set()  # (name of the function, what it was compiled for)
 _broken = False
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,24 @@ def _nearest(scaled: Tensor, borders: tuple[float, ...]) -> Tensor:
     return code
 
 
+def dequantize_blocks(packed: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unpack and restore full blocks.
+
+    Args:
+        packed: uint8, shape (blocks, blocksize / 2).
+        scales: float32, shape (blocks,).
+        levels: float32, shape (16,): the value of each code.
+        dtype: Of the result; the product is rounded to it once.
+
+    Returns:
+        The weights in twos, shape (blocks, blocksize / 2, 2).
+    """
+    bytes_ = packed.int()
+    high = levels[bytes_ >> 4] * scales[:, None]
+    low = levels[bytes_ & 15] * scales[:, None]
+    return torch.stack((high, low), dim=-1).to(dtype)
+
+
 def quantize(
     flat: Tensor, blocksize: int, borders: tuple[float, ...]
 ) -> tuple[Tensor, Tensor] | None:
@@ -70,25 +91,57 @@ def quantize(
         The packed codes, uint8 of shape (weights / 2,), and the scales, float32 of shape (blocks,);
         None if there is no working compiler or too little to do: the caller then goes on in eager.
     """
-    global _broken
-    variant = (blocksize, borders)
-    if flat.numel() < 2 * blocksize:  # torch.compile would take a single block for a constant
-        return None
-    if _broken or (variant not in _variants and len(_variants) >= _MOST_VARIANTS):
-        return None
     pairs = flat.float().view(-1, blocksize // 2, 2)
-    torch._dynamo.mark_dynamic(pairs, 0)
+    result = _run(quantize_blocks, (blocksize, borders), [pairs], borders)
+    return None if result is None else (result[0].view(-1), result[1])
+
+
+def dequantize(
+    packed: Tensor, scales: Tensor, blocksize: int, levels: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Run `dequantize_blocks` compiled, if this machine can.
+
+    Args:
+        packed: uint8, on a CPU, shape (weights / 2,), full blocks only.
+        scales: float32, shape (blocks,).
+        blocksize: Weights per scale, even.
+        levels: float32, shape (16,).
+        dtype: Of the result.
+
+    Returns:
+        The weights, shape (weights,), or None as in `quantize`.
+    """
+    blocks = packed.view(-1, blocksize // 2)
+    result = _run(dequantize_blocks, (blocksize, dtype), [blocks, scales.view(-1)], levels, dtype)
+    return None if result is None else result.view(-1)
+
+
+def _run(function: Callable, variant: tuple, by_block: list[Tensor], *rest):
+    """Call a function compiled, its `by_block` tensors in any number of blocks; None if not."""
+    global _broken
+    key = (function.__name__, *variant)
+    if len(by_block[0]) < 2:  # torch.compile would take a single block for a constant
+        return None
+    if _broken or (key not in _variants and _full(function)):
+        return None
+    for tensor in by_block:  # views of the caller's tensors: his own are not marked
+        torch._dynamo.mark_dynamic(tensor, 0)
     try:
-        packed, absmax = _compile()(pairs, borders)
+        with torch.no_grad():  # with and without gradients would be compiled apart
+            result = _compile(function)(*by_block, *rest)
     except Exception as error:  # whatever a missing or broken toolchain raises
         _broken = True
-        log.info("quantizing without torch.compile, which failed: %s", error)
+        log.info("going on without torch.compile, which failed: %s", error)
         return None
-    _variants.add(variant)
-    return packed.view(-1), absmax
+    _variants.add(key)
+    return result
 
 
-@lru_cache(maxsize=1)
-def _compile() -> Callable[[Tensor, tuple[float, ...]], tuple[Tensor, Tensor]]:
+def _full(function: Callable) -> bool:
+    return sum(key[0] == function.__name__ for key in _variants) >= _MOST_VARIANTS
+
+
+@lru_cache(maxsize=2)
+def _compile(function: Callable) -> Callable:
     """Wrap, at first use: importing this module must compile nothing."""
-    return torch.compile(quantize_blocks, dynamic=False)
+    return torch.compile(function, dynamic=False)

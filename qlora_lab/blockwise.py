@@ -226,13 +226,16 @@ def quantize_4bit(
     return QuantizedTensor(packed, scales, weight.shape, weight.dtype, blocksize, name)
 
 
-def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_4bit(
+    quantized: QuantizedTensor, dtype: torch.dtype | None = None, compiled: bool | None = None
+) -> Tensor:
     """Restore a tensor: look every code up and multiply by its block's scale, in float32.
 
     Args:
         quantized: What `quantize_4bit` returned.
         dtype: float32, float16 or bfloat16; the original's by default. The product is rounded to
             it once.
+        compiled: As in `quantize_4bit`: a matter of speed alone.
 
     Returns:
         A tensor of the original shape, on the same device.
@@ -254,6 +257,7 @@ def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype | None = None
         quantized.values,
         weights,
         dtype,
+        compiled,
     )
     return flat.view(quantized.shape)
 
@@ -387,15 +391,22 @@ def _dequantize_flat(
     values: tuple[float, ...],
     weights: int,
     dtype: torch.dtype,
+    compiled: bool | None = None,
 ) -> Tensor:
-    """Restore a flat tensor, chunk by chunk, two weights at a time.
+    """Restore a flat tensor: compiled if it is large, otherwise chunk by chunk, two at a time.
 
     A byte has 256 values, so one table holds both weights of every byte, and one look-up fetches
     them as a single 8-byte number: half the look-ups, and no unpacking.
     """
+    full = weights // blocksize * blocksize
+    wanted = weights >= COMPILE_FROM if compiled is None else compiled
+    if wanted and full == weights and packed.device.type == "cpu":
+        levels = _tensor((*values, *[0.0] * (16 - len(values))), packed.device)
+        whole = _kernels.dequantize(packed, absmax, blocksize, levels, dtype)
+        if whole is not None:
+            return whole
     table = _pairs(values, packed.device)
     out = torch.empty(weights, dtype=dtype, device=packed.device)
-    full = weights // blocksize * blocksize
     step = min(_chunk(packed), full)
     room = None if dtype == torch.float32 else torch.empty(step, device=packed.device)
     for start in range(0, full, step or 1):

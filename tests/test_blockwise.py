@@ -305,7 +305,7 @@ def test_fake_quantize_with_one_scale_for_the_tensor():
 
 def test_the_compiled_arithmetic_is_the_same_at_every_blocksize(monkeypatch):
     """Not compiled, to spend no second on compiling: it is the function itself that is tested."""
-    monkeypatch.setattr(_kernels, "_compile", lambda: _kernels.quantize_blocks)
+    monkeypatch.setattr(_kernels, "_compile", lambda function: function)
     monkeypatch.setattr(_kernels, "_variants", set())
     for blocksize in BLOCKSIZES:
         for weight in (on_the_borders(blocksize, ragged=9), at_magnitude(-39, torch.float16, 9001)):
@@ -314,6 +314,34 @@ def test_the_compiled_arithmetic_is_the_same_at_every_blocksize(monkeypatch):
             assert torch.equal(eager.packed, same.packed)
             assert torch.equal(bits(eager.absmax), bits(same.absmax))
     assert len(_kernels._variants) == len(BLOCKSIZES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "nf3"])
+def test_the_compiled_way_back_is_the_same(monkeypatch, codebook, dtype):
+    monkeypatch.setattr(_kernels, "_compile", lambda function: function)
+    monkeypatch.setattr(_kernels, "_variants", set())
+    for blocksize in (32, 64, 4096):
+        full = quantize_4bit(normal(2, 4096), blocksize, codebook)
+        eager = dequantize_4bit(full, dtype, compiled=False)
+        assert torch.equal(bits(eager), bits(dequantize_4bit(full, dtype, compiled=True)))
+        ragged = quantize_4bit(normal(8201), blocksize, codebook)
+        eager = dequantize_4bit(ragged, dtype, compiled=False)
+        assert torch.equal(bits(eager), bits(dequantize_4bit(ragged, dtype, compiled=True)))
+    assert _kernels._variants == {("dequantize_blocks", n, dtype) for n in (32, 64, 4096)}
+
+
+def test_compiled_way_back():
+    """One compilation serves every length, plain and 8-bit scales, with gradients or without."""
+    tensors = [quantize_4bit(normal(n, 64), double_quant=n > 50) for n in (30, 40, 90)]
+    ours = [dequantize_4bit(tensors[0], compiled=True)]
+    if _kernels._broken:
+        pytest.skip("no working C++ compiler here: only eager mode can be tested")
+    with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad():
+        ours += [dequantize_4bit(quantized, compiled=True) for quantized in tensors[1:]]
+    assert not _kernels._broken
+    for quantized, restored in zip(tensors, ours, strict=True):
+        assert torch.equal(bits(restored), bits(dequantize_4bit(quantized, compiled=False)))
 
 
 def test_compiled():
@@ -351,7 +379,7 @@ def test_small_tensors_never_compile(monkeypatch):
 def test_a_failed_compilation_falls_back_and_is_not_tried_again(monkeypatch):
     tries = []
 
-    def broken():
+    def broken(function):
         tries.append(1)
         raise RuntimeError("no compiler")
 
@@ -361,12 +389,15 @@ def test_a_failed_compilation_falls_back_and_is_not_tried_again(monkeypatch):
         weight = normal(100, 64)
         quantized = quantize_4bit(weight, compiled=True)
         assert_same_bytes(quantized, *reference(weight))
+        eager = dequantize_4bit(quantized, compiled=False)
+        assert torch.equal(dequantize_4bit(quantized, compiled=True), eager)
     assert len(tries) == 1
 
 
 def test_too_many_variants_stay_eager(monkeypatch):
-    monkeypatch.setattr(_kernels, "_compile", lambda: _kernels.quantize_blocks)
-    monkeypatch.setattr(_kernels, "_variants", {(n, ()) for n in range(_kernels._MOST_VARIANTS)})
+    monkeypatch.setattr(_kernels, "_compile", lambda function: function)
+    many = {("quantize_blocks", n, ()) for n in range(_kernels._MOST_VARIANTS)}
+    monkeypatch.setattr(_kernels, "_variants", many)
     assert _kernels.quantize(normal(6400), 64, (0.0,)) is None
 
 
