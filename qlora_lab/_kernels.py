@@ -19,6 +19,7 @@ for seconds at every new layer.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -62,19 +63,26 @@ def _nearest(scaled: Tensor, borders: tuple[float, ...]) -> Tensor:
 def dequantize_blocks(packed: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
     """Unpack and restore full blocks.
 
+    Both weights of a byte are written as one number of twice their size: two writes, each with a
+    gap for the other, took twice as long.
+
     Args:
         packed: uint8, shape (blocks, blocksize / 2).
         scales: float32, shape (blocks,).
         levels: float32, shape (16,): the value of each code.
-        dtype: Of the result; the product is rounded to it once.
+        dtype: Of the weights; the product is rounded to it once.
 
     Returns:
-        The weights in twos, shape (blocks, blocksize / 2, 2).
+        int64 (float32) or int32 (16 bits), shape (blocks, blocksize / 2): to be viewed as `dtype`.
     """
     bytes_ = packed.int()
-    high = levels[bytes_ >> 4] * scales[:, None]
-    low = levels[bytes_ & 15] * scales[:, None]
-    return torch.stack((high, low), dim=-1).to(dtype)
+    first = (levels[bytes_ >> 4] * scales[:, None]).to(dtype)
+    second = (levels[bytes_ & 15] * scales[:, None]).to(dtype)
+    if dtype == torch.float32:  # of a little-endian number the low half comes first in memory
+        low, high = first.view(torch.int32).long(), second.view(torch.int32).long()
+        return (high << 32) | (low & 0xFFFFFFFF)
+    low, high = first.view(torch.int16).int(), second.view(torch.int16).int()
+    return (high << 16) | (low & 0xFFFF)
 
 
 def quantize(
@@ -113,13 +121,15 @@ def dequantize(
     """
     blocks = packed.view(-1, blocksize // 2)
     result = _run(dequantize_blocks, (blocksize, dtype), [blocks, scales.view(-1)], levels, dtype)
-    return None if result is None else result.view(-1)
+    return None if result is None else result.view(dtype).view(-1)
 
 
 def _run(function: Callable, variant: tuple, by_block: list[Tensor], *rest):
     """Call a function compiled, its `by_block` tensors in any number of blocks; None if not."""
     global _broken
     key = (function.__name__, *variant)
+    if sys.byteorder != "little":
+        return None
     if len(by_block[0]) < 2:  # torch.compile would take a single block for a constant
         return None
     if _broken or (key not in _variants and _full(function)):
