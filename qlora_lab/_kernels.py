@@ -119,6 +119,8 @@ def dequantize(
     Returns:
         The weights, shape (weights,), or None as in `quantize`.
     """
+    if sys.byteorder != "little":
+        return None
     blocks = packed.view(-1, blocksize // 2)
     result = _run(dequantize_blocks, (blocksize, dtype), [blocks, scales.view(-1)], levels, dtype)
     return None if result is None else result.view(dtype).view(-1)
@@ -128,8 +130,6 @@ def _run(function: Callable, variant: tuple, by_block: list[Tensor], *rest):
     """Call a function compiled, its `by_block` tensors in any number of blocks; None if not."""
     global _broken
     key = (function.__name__, *variant)
-    if sys.byteorder != "little":
-        return None
     if len(by_block[0]) < 2:  # torch.compile would take a single block for a constant
         return None
     if _broken or (key not in _variants and _full(function)):

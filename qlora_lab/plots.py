@@ -389,14 +389,9 @@ def _spine_ledger(config, step: str, activations: bool) -> dict[str, float]:
         double_quant=step in ("double quantization", "paging"),
         paged=step == "paging",
     )
-    taken = {name: book[name].bytes for name in ("adapters", "gradients")}
-    small = ("embeddings and head", "norms, biases, other", "buffers")
-    return taken | {
-        "weights": book.rows[0].bytes,
-        "constants": book["quantization constants"].bytes,
-        "embeddings": sum(book[name].bytes for name in small),
-        "optimizer": book["optimizer state"].bytes,
+    return ledger_slices(book) | {
         "pageable": book["optimizer state"].pageable,
+        # Without the copy of one weight, which is there with a batch and without.
         "activations": sum(book[n].bytes for n in ("activations", "logits")) if activations else 0,
     }
 

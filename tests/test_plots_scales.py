@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.text import Text
+from figures import assert_readable, assert_same_bytes_every_time
 
 from qlora_lab import plots
 from qlora_lab.errors import InputError
@@ -27,16 +27,12 @@ every_figure = pytest.mark.parametrize("name", FIGURES)
 def test_can_be_read(name):
     figure = FIGURES[name]()
     assert figure.axes[0].get_xlabel() and figure.axes[0].get_ylabel()
-    assert 40 < len(figure.alt) < 800 and figure.alt.endswith(".") and "\n" not in figure.alt
-    for text in figure.findobj(Text):
-        if text.get_text().strip():
-            assert plots.contrast(text.get_color(), plots.BACKGROUND) >= 4.5, text.get_text()
-            assert text.get_fontsize() >= 8.5, text.get_text()
+    assert_readable(figure)
 
 
 @every_figure
 def test_same_bytes_every_time(name):
-    assert plots.png(FIGURES[name]()) == plots.png(FIGURES[name]())
+    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_every_number_is_in_the_histogram():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import pytest
+from figures import assert_readable, assert_same_bytes_every_time
 from matplotlib.text import Text
 
 from qlora_lab import plots
@@ -37,16 +38,12 @@ def texts(figure):
 def test_can_be_read(name):
     figure = FIGURES[name]()
     assert figure.axes[-1].get_xlabel()
-    assert 40 < len(figure.alt) < 800 and figure.alt.endswith(".") and "\n" not in figure.alt
-    for text in figure.findobj(Text):
-        if text.get_text().strip():
-            assert plots.contrast(text.get_color(), plots.BACKGROUND) >= 4.5, text.get_text()
-            assert text.get_fontsize() >= 8.5, text.get_text()
+    assert_readable(figure)
 
 
 @every_figure
 def test_same_bytes_every_time(name):
-    assert plots.png(FIGURES[name]()) == plots.png(FIGURES[name]())
+    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_marks_say_whom_they_serve():

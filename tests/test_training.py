@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
-from tiny_model import tiny_model, tiny_tokenizer
+from tiny_model import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -53,10 +53,7 @@ def _short_collections():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    tiny_model(context=512).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 def run(base, method="qlora", **changes):

@@ -1,6 +1,7 @@
 """A tokenizer and a model small enough to be made inside a test, with the real ones' manners."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,6 +52,13 @@ def tiny_model(seed: int = 0, context: int = 128) -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def save_tiny(folder: Path) -> Path:
+    """A base to load by its folder, with the embedded model's context."""
+    tiny_model(context=512).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def learn_by_heart(model: LlamaForCausalLM, rows: list[dict], steps: int = 100) -> None:

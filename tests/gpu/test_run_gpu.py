@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_model import tiny_model, tiny_tokenizer
+from tiny_model import save_tiny
 
 from qlora_lab.loading import four_bit_layers, load_model
 from qlora_lab.orders import make_rows
@@ -20,10 +20,7 @@ SMALL |= {"device": "cuda", "progress": False}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    tiny_model(context=512).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
