@@ -1,4 +1,4 @@
-"""Full fine-tuning, 16-bit LoRA and QLoRA by the same harness, over seeds, beside the controls.
+"""Full fine-tuning, LoRA on 16, 8 and 4 bits by the same harness, over seeds, beside the controls.
 
     python -m experiments.methods                 # all that is missing; again after a stop
     python -m experiments.methods --seeds 0 1 2 3 4
@@ -6,9 +6,10 @@
 Each run writes `results/cpu/methods/<method>-seed<k>.json` (on CUDA: `results/gpu/...`) with
 losses, scores of the six grades, bits per byte on held-out text before and after, and its
 provenance. A file that exists is not made again; delete it to repeat that run. At the end
-`results/cpu/methods/summary.json` collects the exact match of every run.
+`results/cpu/methods/summary.json` collects the exact match of every run, and `answers.json` what
+the methods wrote on the first ten rows of two grades, at the first seed.
 
-Beside the three methods: LoRA on a *randomly initialised* base, the base model with three solved
+Beside the four methods: LoRA on a *randomly initialised* base, the base model with three solved
 examples in its prompt, and a regular expression. They answer whether pretraining, training and a
 model are needed at all.
 """
@@ -23,7 +24,8 @@ from pathlib import Path
 from qlora_lab.orders import GRADES
 from qlora_lab.provenance import provenance
 
-METHODS = ("qlora", "lora", "full")
+METHODS = ("qlora", "lora", "full", "8bit")
+ANSWERED = {"phrasings": 10, "corrections": 10}  # grade -> first rows whose answers are kept
 RANK = 16
 FORGETTING_FILES = 6  # of the held-out files, by name: 10 seconds instead of a minute
 EXAMPLES = 3
@@ -54,6 +56,14 @@ def one_run(method: str, seed: int, device: str) -> dict:
         record = result.record()
         record["method"] = method
         record["heldout_files"] = FORGETTING_FILES
+        # "1" for each row answered right, so that two runs can be compared row by row
+        record["right"] = {
+            grade: "".join("01"[right] for right in score.exact)
+            for grade, score in result.after.items()
+        }
+        record["answers"] = {
+            grade: result.after[grade].predictions[:count] for grade, count in ANSWERED.items()
+        }
         after = bits_per_byte(result.model, result.tokenizer, texts)
         record["bits_per_byte_after"] = round(after, 4)
     record["provenance"]["command"] = "python -m experiments.methods"
@@ -136,6 +146,22 @@ def summarise(folder: Path) -> dict:
     return summary
 
 
+def collect_answers(folder: Path, seed: int = 0) -> dict:
+    """What each method wrote at one seed on the rows of `ANSWERED`, beside what is right."""
+    from qlora_lab.data import load_orders
+
+    orders = load_orders(ANSWERED)
+    rows = [row for grade, count in ANSWERED.items() for row in orders[grade].to_list()[:count]]
+    answers = {}
+    for path in sorted(folder.glob(f"*-seed{seed}.json")):
+        record = json.loads(path.read_text("utf-8"))
+        if record["method"] in METHODS and "answers" in record:
+            said = record["answers"]
+            answers[record["method"]] = [text for grade in ANSWERED for text in said[grade]]
+    kept = [{key: row[key] for key in ("grade", "text", "answer")} for row in rows]
+    return {"seed": seed, "rows": kept, "answers": answers}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -156,6 +182,7 @@ def main() -> None:
     summary = summarise(out)
     source = provenance(command="python -m experiments.methods")
     write(out / "summary.json", {"exact_match": summary, "provenance": source})
+    write(out / "answers.json", collect_answers(out) | {"provenance": source})
     for method, grades in summary.items():
         means = "  ".join(f"{g} {sum(v) / len(v):.1%}" for g, v in grades.items())
         print(f"{method:<17} {means}")
