@@ -1,0 +1,117 @@
+"""FAST=1: a recorded run is found only where everything is the same, and is then the same run."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_model import tiny_model, tiny_tokenizer
+
+from qlora_lab import recorded
+from qlora_lab.errors import InputError
+from qlora_lab.orders import make_rows
+from qlora_lab.training import attach_adapter, train
+
+ROWS = make_rows("seen", 24, seed=3)
+SETTINGS = {"steps": 3, "batch_size": 4, "lr": 1e-2, "seed": 0, "progress": False}
+
+
+def adapted(seed=0, r=2):
+    model = tiny_model(context=512)
+    torch.manual_seed(seed)
+    return attach_adapter(model, r, 2.0 * r)
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A recorded run: its folder, its losses, its trained weights."""
+    folder = tmp_path_factory.mktemp("recorded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_LAB_RECORD", str(folder))
+        patch.delenv("FAST", raising=False)
+        model = adapted()
+        run = train(model, tiny_tokenizer(), ROWS, **SETTINGS)
+    return folder, run, weights(model)
+
+
+def again(kept, monkeypatch, fast="quiet", rows=ROWS, model=None, **changes):
+    monkeypatch.setenv("FAST", fast)
+    monkeypatch.setattr(recorded.restore, "__defaults__", (kept[0],))
+    model = model or adapted()
+    return train(model, tiny_tokenizer(), rows, **SETTINGS | changes), weights(model)
+
+
+def test_the_same_run_is_not_trained_again(kept, monkeypatch, capsys):
+    folder, first, trained = kept
+    run, restored = again(kept, monkeypatch)
+    assert run.recorded and first.recorded is None
+    assert run.losses == pytest.approx(first.losses, abs=1e-6)
+    assert run.trainable == first.trainable
+    assert restored.keys() == trained.keys()
+    assert all(torch.equal(restored[name], trained[name]) for name in trained)
+    assert capsys.readouterr().out == ""
+
+
+def test_it_says_that_it_was_recorded(kept, monkeypatch, capsys):
+    again(kept, monkeypatch, fast="1")
+    assert capsys.readouterr().out.startswith("FAST=1: trained on 20")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 2e-2},
+        {"seed": 1},
+        {"steps": 2},
+        {"rows": ROWS[1:]},
+        {"model": "other adapter"},
+        {"model": "other base"},
+    ],
+    ids=str,
+)
+def test_another_run_is_trained(kept, monkeypatch, changes):
+    if changes.get("model") == "other adapter":
+        changes = {"model": adapted(seed=1)}
+    elif changes.get("model") == "other base":
+        model = adapted()
+        with torch.no_grad():
+            next(p for p in model.parameters() if not p.requires_grad)[0, 0] += 1
+        changes = {"model": model}
+    run, _ = again(kept, monkeypatch, **changes)
+    assert run.recorded is None
+
+
+def test_without_fast_nothing_is_taken_from_the_record(kept, monkeypatch):
+    run, trained = again(kept, monkeypatch, fast="0")
+    assert run.recorded is None
+    assert all(torch.allclose(trained[name], kept[2][name], atol=1e-5) for name in trained)
+
+
+def test_checkpoints_are_written_by_a_real_run(kept, monkeypatch, tmp_path):
+    run, _ = again(kept, monkeypatch, output=tmp_path, save_every=2)
+    assert run.recorded is None and list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_record_says_where_it_comes_from(kept):
+    (path,) = kept[0].iterdir()
+    with safe_open(path, "pt") as file:
+        run = json.loads(file.metadata()["run"])
+    assert len(run["losses"]) == SETTINGS["steps"]
+    assert run["provenance"]["commit"] and run["provenance"]["device"]
+
+
+def test_full_fine_tuning_of_a_large_model_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("QLORA_LAB_RECORD", str(tmp_path))
+    monkeypatch.setattr(recorded, "LARGEST", 10)
+    train(adapted(), tiny_tokenizer(), ROWS, **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fast_with_a_typing_error(monkeypatch):
+    monkeypatch.setenv("FAST", "yes")
+    with pytest.raises(InputError, match="FAST='yes' is unknown; 1 uses"):
+        train(adapted(), tiny_tokenizer(), ROWS, **SETTINGS)
