@@ -1,14 +1,17 @@
-"""Merge an adapter into its base: four rungs, and what each of them costs.
+"""Merge an adapter into its base: five rungs, and what each of them costs.
 
-An adapter that was trained on 4-bit codes can be shipped in four ways:
+An adapter that was trained on 4-bit codes can be shipped in five ways:
 
 1. *Unmerged*: 4-bit base plus adapter file. This is the model that was trained.
 2. *Into the dequantized base*: the same numbers, added up. The answers stay, the size is that of
    16 bits again.
 3. *Into the original 16-bit base*: the obvious wish, and another model. At step 0 the loss was the
    *quantized* model's; the adapter learned to live with that rounding, and here it is taken away.
-4. *Re-quantized*: rung 2 or 3 rounded to NF4 once more. Small again, and most of an update is
-   smaller than half the distance between two codes, so it is rounded away.
+4. *Re-quantized*: rung 3 rounded to NF4 once more. Small again. The weights lie anywhere between
+   two codes, so some cross a midpoint: the update survives on average, under rounding noise.
+5. *Merged in 4 bits*: rung 2 rounded to NF4 once more, which is what `merge_and_unload` does to a
+   4-bit model. The weights lie *on* their codes, and what of an update is smaller than half the
+   distance to the next one is rounded away.
 
 The choice made here: every merge starts from a freshly loaded model, because a live one may lie.
 On a CPU with AVX512-BF16, bitsandbytes repacks the bytes of a layer at its first evaluation
@@ -21,15 +24,18 @@ price is one more load from disk for each merge.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from qlora_lab.blockwise import dequantize_4bit
+from qlora_lab.data import collator, encode
 from qlora_lab.errors import InputError
+from qlora_lab.evaluation import evaluating
 from qlora_lab.loading import four_bit_layers, load_model, quiet
 from qlora_lab.lora import find_targets
 from qlora_lab.qlora import quantize_weight
@@ -37,7 +43,8 @@ from qlora_lab.qlora import quantize_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RUNGS = ("unmerged", "dequantized base", "original base", "re-quantized")
+T = TypeVar("T")
+RUNGS = ("unmerged", "dequantized base", "original base", "re-quantized", "merged in 4 bits")
 
 
 def dequantized_base(name: str | Path, device: str | None = None) -> PreTrainedModel:
@@ -182,20 +189,21 @@ def save_merged(
 def ladder(
     name: str | Path,
     adapter: str | Path,
-    score: Callable[[nn.Module], float],
+    score: Callable[[nn.Module], T],
     device: str | None = None,
-) -> dict[str, float]:
-    """Measure all four rungs of the merge ladder, each on a freshly loaded model.
+) -> dict[str, T]:
+    """Measure all five rungs of the merge ladder, each on a freshly loaded model.
 
     Args:
         name: The base model: a hub name or a folder.
         adapter: Folder with an adapter that was trained on this base in 4 bits.
-        score: Called with each model in evaluation mode; returns its loss (or any number).
+        score: Called with each model in evaluation mode, without gradients; returns its loss, or
+            whatever is to be compared.
         device: "cpu" or "cuda"; by default CUDA where there is one.
 
     Returns:
-        Rung (one of `RUNGS`) -> score, in that order; "re-quantized" rounds the merge into the
-        original base, which is what "merge, then quantize again to deploy" does.
+        Rung (one of `RUNGS`) -> what `score` returned, in that order. "re-quantized" rounds the
+        merge into the original base, "merged in 4 bits" the merge into the dequantized one.
 
     Raises:
         InputError: The model cannot be loaded, or the folder holds no adapter.
@@ -204,18 +212,62 @@ def ladder(
 
     _check_adapter_folder(adapter)
 
-    def measure(model: nn.Module) -> float:
+    def measure(model: nn.Module) -> T:
         with torch.no_grad():
-            return float(score(model.eval()))
+            return score(model.eval())
 
     unmerged = load_model(name, bits=4, device=device).model
     scores = {RUNGS[0]: measure(PeftModel.from_pretrained(unmerged, str(adapter)))}
     del unmerged  # one model in memory at a time
-    scores[RUNGS[1]] = measure(merge_into(dequantized_base(name, device), adapter))
+    merged = merge_into(dequantized_base(name, device), adapter)
+    scores[RUNGS[1]] = measure(merged)
+    in_place = measure(requantize(merged))
+    del merged
     merged = merge_into(load_model(name, bits=16, device=device).model, adapter)
     scores[RUNGS[2]] = measure(merged)
     scores[RUNGS[3]] = measure(requantize(merged))
+    scores[RUNGS[4]] = in_place
     return scores
+
+
+def answer_bits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, str]],
+    batch_size: int = 64,
+) -> list[float]:
+    """Measure how many bits a model needs for each right answer: finer than right or wrong.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        rows: Rows with "text" and "answer".
+        batch_size: Rows at a time.
+
+    Returns:
+        For each row, in order, the sum of -log2 p over the answer's tokens and its end token,
+        given the prompt. Divided by the answer's bytes it is comparable with `bits_per_byte`.
+
+    Raises:
+        InputError: A row cannot be encoded.
+    """
+    encoded = [encode(tokenizer, row["text"], row["answer"]) for row in rows]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["labels"]))
+    collate = collator(tokenizer)
+    bits = [0.0] * len(encoded)
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            batch = collate([encoded[i] for i in chosen])
+            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            nats = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"
+            )
+            for i, row in zip(chosen, nats.double().sum(dim=1).tolist(), strict=True):
+                bits[i] = row / math.log(2)
+    return bits
 
 
 def _check_adapter_folder(adapter: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The merge ladder, and the guard against reading repacked bytes."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lab
+from qlora_lab.data import encode
 from qlora_lab.errors import InputError
-from qlora_lab.loading import four_bit_layers
+from qlora_lab.loading import four_bit_layers, give_padding
 from qlora_lab.merge import (
     RUNGS,
+    answer_bits,
     dequantize,
     dequantized_base,
     ladder,
@@ -59,12 +62,13 @@ def loss_of(ids: torch.Tensor):
 def test_the_ladder_first_rungs_agree_and_the_others_do_not(base, adapter, ids):
     scores = ladder(base, adapter, loss_of(ids.flip(1)), device="cpu")
     assert tuple(scores) == RUNGS
-    unmerged, same, original, again = scores.values()
+    unmerged, same, original, again, in_four_bits = scores.values()
     untrained = loss_of(ids.flip(1))(loaded(base))
     assert unmerged < 0.8 * untrained, "the adapter learned nothing: nothing is compared"
     assert same == pytest.approx(unmerged, rel=1e-5)
     assert abs(original - unmerged) > 20 * abs(same - unmerged)
     assert abs(again - unmerged) > 20 * abs(same - unmerged)
+    assert unmerged + 20 * abs(same - unmerged) < in_four_bits < untrained
 
 
 def test_dequantized_base_holds_the_weights_that_qlora_trained_against(base):
@@ -139,6 +143,24 @@ def test_most_of_a_small_update_is_rounded_away_by_requantizing():
     assert share == pytest.approx(1 / 64, abs=0.03)
     moved = (survived.abs() > 0.05).float().mean()
     assert moved < 0.002
+
+
+def test_answer_bits_are_those_of_one_row_at_a_time(base):
+    rows = [
+        {"text": "a tea for Anna", "answer": "x = 1"},
+        {"text": "two large lattes with oat milk for Bob, please", "answer": '{"name":"Bob"}'},
+        {"text": "tea", "answer": "a much longer answer than the other two, in many tokens"},
+    ]
+    model, tokenizer = plain_base(base), AutoTokenizer.from_pretrained(base)
+    give_padding(tokenizer)
+    found = answer_bits(model, tokenizer, rows, batch_size=2)
+    for row, bits in zip(rows, found, strict=True):
+        encoded = encode(tokenizer, row["text"], row["answer"])
+        batch = {key: torch.tensor([encoded[key]]) for key in ("input_ids", "labels")}
+        told = sum(label != -100 for label in encoded["labels"])
+        with torch.no_grad():
+            wanted = model(**batch).loss.item() * told / math.log(2)
+        assert bits == pytest.approx(wanted, rel=1e-4)
 
 
 def test_bad_input_is_answered_in_one_line(base, adapter, tmp_path):
