@@ -8,7 +8,7 @@ For each seed: train QLoRA to the end (the recipe of `experiments.methods`), mea
 adapters on both bases. Writes `results/cpu/merging/seed<k>.json`, with provenance and the hash
 of the base. A file that exists is not made again; delete it to repeat that seed.
 
-The first seed's QLoRA adapter is kept beside the records (1.3 MB), so that chapter 10 can climb the
+The QLoRA adapter of seed 0 is kept beside the records (1.3 MB), so that chapter 10 can climb the
 ladder live without 80 seconds of training. It belongs to the base with that hash and to no other.
 """
 
@@ -174,11 +174,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("results/cpu/merging"))
     args = parser.parse_args()
-    for number, seed in enumerate(args.seeds):
+    for seed in args.seeds:
         path = args.out / f"seed{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            record = one_seed(seed, args.out / "adapter" if number == 0 else None)
+            record = one_seed(seed, args.out / "adapter" if seed == 0 else None)
             write(path, record)
             for name, rung in record["rungs"].items():
                 scores = " ".join(f"{g} {e:.0%}" for g, e in rung["exact_match"].items())
