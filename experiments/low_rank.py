@@ -66,6 +66,16 @@ def trained_update(seed: int, cache: Path) -> dict:
     return update
 
 
+def base_digest() -> str:
+    """Name the base's weights: an update fits no other base."""
+    import hashlib
+
+    from qlora_lab import embedded_model
+
+    weights = Path(embedded_model()) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
 def is_layer(name: str) -> bool:
     """Whether a parameter is the weight of a linear layer, and not the embedding or a norm."""
     return name.endswith("proj.weight")
@@ -209,7 +219,7 @@ def store(update: dict, path: Path) -> None:
         else:
             tensors[name] = delta
     stored = {key: t.to(torch.bfloat16).contiguous() for key, t in tensors.items()}
-    save_file(stored, path, {"command": COMMAND})
+    save_file(stored, path, {"command": COMMAND, "base": base_digest()})
 
 
 def write(path: Path, record: dict) -> None:
@@ -234,7 +244,7 @@ def cuts_of_seed(seed: int, update: dict, path: Path) -> None:
         patient.cut(what, rank)
         point = patient.measure()
         record["cuts"].setdefault(what, {})[str(rank)] = point
-        record["provenance"] = provenance(seed, COMMAND)
+        record |= {"base": base_digest(), "provenance": provenance(seed, COMMAND)}
         write(path, record)
         print(f"seed {seed}: {what} at rank {rank}: {point}", flush=True)
 
@@ -255,7 +265,10 @@ def main() -> None:
         path = args.out / f"update-seed{seed}.json"
         if not path.exists():
             source = provenance(seed, COMMAND)
-            write(path, {"seed": seed, "layers": shape(update, base), "provenance": source})
+            layers = shape(update, base)
+            write(
+                path, {"seed": seed, "base": base_digest(), "layers": layers, "provenance": source}
+            )
         if seed == STORED_SEED and not (args.out / "update.safetensors").exists():
             store(update, args.out / "update.safetensors")
         cuts_of_seed(seed, update, args.out / f"cuts-seed{seed}.json")
