@@ -42,6 +42,7 @@ _EXPORTS = {
     "PageCache": "paged_optimizer",
     "load_model": "loading",
     "finetune": "training",
+    "checkpoint": "sections",
 }
 
 _MODULES = (
@@ -64,6 +65,8 @@ _MODULES = (
     "plots",
     "provenance",
     "qlora",
+    "recorded",
+    "sections",
     "training",
 )
 

@@ -29,8 +29,33 @@ from safetensors.torch import save_file
 from qlora_lab.errors import InputError
 from qlora_lab.provenance import provenance
 
-FOLDER = Path(__file__).resolve().parent / "assets" / "recorded"
+PACKAGE = Path(__file__).resolve().parent
+FOLDER = PACKAGE / "assets" / "recorded"
+# In a clone the results lie beside the package; an installed package carries a copy.
+RESULTS = (PACKAGE.parent / "results", PACKAGE / "assets" / "results")
 LARGEST = 1_000_000  # trained numbers; what is larger (full fine-tuning) is not kept
+
+
+def results(name: str) -> dict[str, Any]:
+    """Read what `experiments/` recorded.
+
+    Args:
+        name: A file or folder below `results/`, such as "cpu/methods/summary.json" or "cpu/ranks".
+
+    Returns:
+        A file's content; of a folder, the content of each `.json` file in it by its stem.
+
+    Raises:
+        InputError: There is no such file or folder.
+    """
+    for root in RESULTS:
+        path = root / name
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        if path.is_dir():
+            files = sorted(path.glob("*.json"))
+            return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    raise InputError(f"results/{name} is not there: run the experiment that makes it, or pull")
 
 
 def fast() -> bool:
@@ -78,8 +103,8 @@ def restore(model: torch.nn.Module, name: str, folder: Path = FOLDER) -> dict[st
         The record (losses, seconds, provenance), or None if this run was not recorded; the model
         is then as it was.
     """
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
+    path = next(folder.glob(f"**/{name}.safetensors"), None)
+    if path is None:
         return None
     trained = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad}
     with safe_open(path, "pt") as file, torch.no_grad():
@@ -118,6 +143,17 @@ def keep(model: torch.nn.Module, name: str, losses: list[float], seconds: float)
     save_file({n: p.contiguous() for n, p in trained.items()}, partial, {"run": json.dumps(run)})
     os.replace(partial, path)
     return path
+
+
+def same(first: Path, second: Path) -> bool:
+    """Say whether two recorded runs ended with the same weights and losses."""
+    with safe_open(first, "pt") as a, safe_open(second, "pt") as b:
+        return (
+            set(a.keys()) == set(b.keys())
+            and all(torch.equal(a.get_tensor(n), b.get_tensor(n)) for n in a.keys())
+            and json.loads(a.metadata()["run"])["losses"]
+            == json.loads(b.metadata()["run"])["losses"]
+        )
 
 
 def _plain(name: str) -> str:

@@ -1,6 +1,8 @@
 """FAST=1: a recorded run is found only where everything is the same, and is then the same run."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from qlora_lab import recorded
 from qlora_lab.errors import InputError
 from qlora_lab.orders import make_rows
 from qlora_lab.training import attach_adapter, train
+from tools.notebooks import ROOT
+from tools.run_notebooks import keep_runs
 
 ROWS = make_rows("seen", 24, seed=3)
 SETTINGS = {"steps": 3, "batch_size": 4, "lr": 1e-2, "seed": 0, "progress": False}
@@ -115,3 +119,36 @@ def test_fast_with_a_typing_error(monkeypatch):
     monkeypatch.setenv("FAST", "yes")
     with pytest.raises(InputError, match="FAST='yes' is unknown; 1 uses"):
         train(adapted(), tiny_tokenizer(), ROWS, **SETTINGS)
+
+
+def test_results_are_read_by_file_and_by_folder(tmp_path, monkeypatch):
+    (tmp_path / "cpu" / "x").mkdir(parents=True)
+    (tmp_path / "cpu" / "x" / "a.json").write_text('{"value": 1}')
+    monkeypatch.setattr(recorded, "RESULTS", (tmp_path / "nowhere", tmp_path))
+    assert recorded.results("cpu/x/a.json") == {"value": 1}
+    assert recorded.results("cpu/x") == {"a": {"value": 1}}
+    with pytest.raises(InputError, match="cpu/y is not there: run the experiment"):
+        recorded.results("cpu/y")
+
+
+def test_a_built_package_carries_the_results(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (copy,) = tmp_path.rglob("assets/results")
+    assert {p.relative_to(copy) for p in copy.rglob("*.json")} == {
+        p.relative_to(ROOT / "results") for p in (ROOT / "results").rglob("*.json")
+    }
+
+
+def test_only_what_changed_is_recorded_anew(kept, tmp_path):
+    (path,) = kept[0].iterdir()
+    place = tmp_path / "07"
+    keep_runs(kept[0], place)
+    stays = place / path.name
+    old = stays.stat().st_mtime_ns
+    (place / "stale.safetensors").write_bytes(b"of a cell that is gone")
+    keep_runs(kept[0], place)
+    assert list(place.iterdir()) == [stays] and stays.stat().st_mtime_ns == old
+    keep_runs(tmp_path / "nothing", place)
+    assert not place.exists()

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from qlora_lab import recorded
+from tools import derive
 from tools.notebooks import NOTEBOOKS, ROOT, chapters, kernel_environment, read, write
 
 RESULTS = ROOT / "results" / "notebooks.json"
@@ -35,12 +38,13 @@ RUN_TIME = re.compile(r"(run: about )(\d+(?:\.5)?) (seconds|minutes?)", re.IGNOR
 CELL_TIMEOUT = 900
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path) -> float:
+def execute(notebook: nbformat.NotebookNode, folder: Path, runs: Path | None = None) -> float:
     """Run a notebook in place.
 
     Args:
         notebook: What to run; its outputs are replaced.
         folder: The kernel's working directory.
+        runs: Where its training runs are recorded; by default they are not.
 
     Returns:
         Seconds from the kernel's start to its end.
@@ -65,12 +69,35 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> float:
     with tempfile.TemporaryDirectory() as settings:
         os.environ.clear()
         os.environ.update(kernel_environment(Path(settings)))
+        if runs is not None:
+            os.environ["QLORA_LAB_RECORD"] = str(runs)
         try:
             client.execute()
         finally:
             os.environ.clear()
             os.environ.update(before)
     return time.monotonic() - start
+
+
+def keep_runs(new: Path, kept: Path) -> None:
+    """Put a chapter's recorded runs in the place of its earlier ones.
+
+    Args:
+        new: What the chapter has just recorded.
+        kept: Its folder in the package. A run that came out the same stays as it is: only the
+            date would change.
+    """
+    files = {path.name: path for path in new.glob("*.safetensors")}
+    for old in kept.glob("*.safetensors"):
+        if old.name in files and recorded.same(old, files[old.name]):
+            del files[old.name]
+        else:
+            old.unlink()
+    for name, path in files.items():
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept / name)
+    if kept.is_dir() and not any(kept.iterdir()):
+        kept.rmdir()
 
 
 def rounded(seconds: float) -> str:
@@ -143,16 +170,19 @@ def main(argv: list[str] | None = None) -> int:
     for path in chosen:
         notebook = read(path)
         print(f"{path.name} ...", end=" ", flush=True)
-        try:
-            seconds = execute(notebook, path.parent)
-        except CellExecutionError as error:
-            print(f"failed; nothing stored\n{error}")
-            return 1
+        with tempfile.TemporaryDirectory() as runs:
+            try:
+                seconds = execute(notebook, path.parent, Path(runs))
+            except CellExecutionError as error:
+                print(f"failed; nothing stored\n{error}")
+                return 1
+            keep_runs(Path(runs), recorded.FOLDER / path.stem[:2])
         if not state(notebook, seconds):
             print("(no `run: about ...` in its first cell)", end=" ")
         write(path, notebook)
         record(path.stem, seconds)
         print(f"{seconds:.0f} s")
+    derive.main()
     return 0
 
 

@@ -1,0 +1,72 @@
+"""Write what is derived from the chapters: `python -m tools.derive`; `make notebooks` does it too.
+
+- `qlora_lab/assets/sections.json`: the cells that `qlora_lab.checkpoint` runs;
+- `book/status.md`: how long each chapter runs, when it was executed, and with which versions.
+
+A test compares both with what this would write.
+"""
+
+from __future__ import annotations
+
+import json
+
+from qlora_lab import sections
+from tools.notebooks import ROOT, chapters, read
+
+STATUS = ROOT / "book" / "status.md"
+TIMES = ROOT / "results" / "notebooks.json"
+
+
+def sections_text() -> str:
+    """Return the content of `sections.json`."""
+    notebooks = {}
+    for path in chapters():
+        cells = [c for c in read(path).cells if "remove-cell" not in c.metadata.get("tags", [])]
+        notebooks[path.stem] = [(cell.cell_type, cell.source) for cell in cells]
+    return json.dumps(sections.cut(notebooks), indent=1, ensure_ascii=False) + "\n"
+
+
+def status_text() -> str:
+    """Return the content of the status page."""
+    times = json.loads(TIMES.read_text(encoding="utf-8"))
+    lines = [
+        "# Status",
+        "",
+        "Every chapter is executed from its first cell to its last before its outputs are",
+        "stored, and again by `make test`, which compares what comes out with what is stored.",
+        "This table is written by the script that executes them.",
+        "",
+        "| Chapter | Runs in | Executed | Python | torch | transformers | peft |",
+        "|---|---:|---|---|---|---|---|",
+    ]
+    known = [path for path in chapters() if path.stem in times]
+    for path in known:
+        title = read(path).cells[0].source.split("\n", 1)[0].lstrip("# ")
+        run = times[path.stem]
+        versions = (run[name] for name in ("python", "torch", "transformers", "peft"))
+        lines.append(
+            f"| [{title}](../notebooks/{path.name}) | {run['seconds']:.0f} s | {run['date']} "
+            f"| {' | '.join(versions)} |"
+        )
+    cpus = sorted({times[path.stem]["cpus"] for path in known})
+    total = sum(times[path.stem]["seconds"] for path in known)
+    return "\n".join(
+        [
+            *lines,
+            f"| **all** | **{total / 60:.1f} min** | | | | | |",
+            "",
+            f"The times are those of a machine with {' or '.join(map(str, cpus))} processor cores",
+            "and no GPU.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Write both files."""
+    for path, text in ((sections.FILE, sections_text()), (STATUS, status_text())):
+        path.write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
