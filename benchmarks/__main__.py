@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-BENCHES = ("quantize", "step")
+BENCHES = ("quantize", "step", "price")
 
 
 def main(arguments: list[str] | None = None) -> int:

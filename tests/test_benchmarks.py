@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import __main__, bench_quantize, common
+from benchmarks import __main__, bench_price, bench_quantize, common
 
 
 @pytest.fixture
@@ -69,3 +69,18 @@ def test_bad_arguments(arguments, words, capsys):
         __main__.main(arguments)
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_price_is_taken_pairwise(monkeypatch):
+    """QLoRA against LoRA at each number of tokens; the same loop for both."""
+    monkeypatch.setattr(bench_price, "BATCHES", (1,))
+    monkeypatch.setattr(bench_price, "LENGTH", 8)
+    monkeypatch.setattr(bench_price, "WIDTH", 64)
+    monkeypatch.setattr(bench_price, "TOKENS", (2,))
+    rows = bench_price.rows(rounds=2)
+    pairs = [(row["what"], row["against"], row["tokens"]) for row in rows if "against" in row]
+    assert pairs == [
+        ("step of QLoRA, 8 tokens", "step of LoRA, 8 tokens", 8),
+        ("4-bit layer, 2 tokens", "plain layer, 2 tokens", 2),
+    ]
+    assert all(row["ratio"] > 0 for row in rows if "ratio" in row)

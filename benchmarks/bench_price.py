@@ -1,0 +1,92 @@
+"""The price of four bits: a step of QLoRA against one of 16-bit LoRA, by tokens a step.
+
+Both models are the embedded one with LoRA of rank 16 on all linear layers, on this package's
+layers; the only difference is the base, NF4 with double quantization or plain weights. A CPU
+computes in float32 and so holds the plain base in float32, too; a CUDA device takes bfloat16. A
+step is forward, backward and AdamW. The second table is one frozen layer of the width of a 7B
+model, forward and backward to its input, without adapters. There is no bar: this is a price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarks.bench_step import ALPHA, RANK
+from benchmarks.common import ROUNDS, Row, Timing
+from qlora_lab.blockwise import quantize_4bit
+from qlora_lab.loading import choose_dtype, load_model
+from qlora_lab.lora import add_adapters
+from qlora_lab.qlora import QuantizedLinear, quantize_model
+
+BATCHES, LENGTH = (1, 8, 32), 64
+WIDTH, TOKENS = 4096, (16, 128, 1024)
+
+
+def stepper(model: nn.Module, batch: int, length: int = LENGTH) -> Callable[[], float]:
+    """Return a function that trains the adapters for one step and returns the loss."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=generator)
+    ids = ids.to(model.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def passer(layer: nn.Module, tokens: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a function that goes through a frozen layer and back to its input."""
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = x.to(device, dtype).requires_grad_()
+
+    def forth_and_back() -> None:
+        y = layer(x)
+        torch.autograd.grad(y, x, y)
+
+    return forth_and_back
+
+
+def rows(device: str = "cpu", rounds: int = ROUNDS) -> list[Row]:
+    """Time pairs in turns: the model at several batch sizes, then one wide layer."""
+    dtype = choose_dtype(device)[0]
+    bases = {}
+    for method in ("QLoRA", "LoRA"):
+        model = load_model(bits=16, device=device, compute_dtype=dtype).model
+        put_on = quantize_model if method == "QLoRA" else add_adapters
+        put_on(model, r=RANK, alpha=ALPHA)
+        bases[method] = model.to(device)
+    steps = {
+        f"step of {method}, {batch * LENGTH} tokens": stepper(model, batch)
+        for batch in BATCHES
+        for method, model in bases.items()
+    }
+    timing = Timing(steps, device, rounds)
+    found = []
+    for batch in BATCHES:
+        tokens = batch * LENGTH
+        ours, plain = (f"step of {method}, {tokens} tokens" for method in bases)
+        found += [timing.row(ours, plain) | {"tokens": tokens}, timing.row(plain)]
+
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)) / 64
+    quantized = QuantizedLinear(quantize_4bit(weight, double_quant=True), compute_dtype=dtype)
+    frozen = nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    layers = {"4-bit": quantized.to(device), "plain": frozen}
+    passes = {
+        f"{name} layer, {tokens} tokens": passer(layer, tokens, device, dtype)
+        for tokens in TOKENS
+        for name, layer in layers.items()
+    }
+    timing = Timing(passes, device, rounds)
+    for tokens in TOKENS:
+        ours, plain = (f"{name} layer, {tokens} tokens" for name in layers)
+        found += [timing.row(ours, plain) | {"tokens": tokens}, timing.row(plain)]
+    return found
