@@ -1,4 +1,4 @@
-"""What this book needs of Sphinx beyond Jupyter Book, in six short pieces.
+"""What this book needs of Sphinx beyond Jupyter Book, in seven short pieces.
 
 1. API pages without torch: whatever the package imports that is not in the standard library is
    mocked. The list is read from the sources, so that it cannot fall behind them.
@@ -8,6 +8,7 @@
    a link where it is a name, and literal text where it is an expression.
 5. The directive `{module-table}`: every module with the first sentence of its docstring.
 6. No page loads a script from somebody else's server.
+7. A notebook, which knows no `{term}`, can link `glossary.md#term-absmax` like any heading.
 """
 
 from __future__ import annotations
@@ -189,6 +190,15 @@ def add_alt_texts(app: Sphinx, doctree: nodes.document) -> None:
             image["alt"] = alt
 
 
+def add_glossary_anchors(app: Sphinx, doctree: nodes.document) -> None:
+    """Let ordinary Markdown links lead to a glossary's terms, as they lead to headings."""
+    metadata = app.env.metadata[app.env.docname]
+    for term in doctree.findall(nodes.term):
+        for anchor in term["ids"]:
+            slugs = metadata.setdefault("myst_slugs", {})
+            slugs.setdefault(anchor, (term.line, anchor, term.astext()))
+
+
 def rewrite_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Apply `with_literal_blocks` and `readable_code`, before napoleon reads the sections."""
     lines[:] = readable_code("\n".join(with_literal_blocks(lines))).split("\n")
@@ -211,4 +221,5 @@ def setup(app: Sphinx) -> dict:
     app.connect("autodoc-process-docstring", restore_prose, priority=900)
     app.connect("builder-inited", drop_live_code)
     app.connect("doctree-read", add_alt_texts)
+    app.connect("doctree-read", add_glossary_anchors)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
