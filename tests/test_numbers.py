@@ -1,0 +1,138 @@
+"""The numbers of the text: each stands in an output beside it, in a record, or has its source.
+
+Only numbers with a decimal point or a percent sign are looked at: these are results. A whole
+number may be a rank, a chapter or a year.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+
+import pytest
+
+from tools.notebooks import ROOT, chapters, read
+
+NUMBER = re.compile(r"(?<![\w.,/^_{}\\$-])\d[\d,]*(?:\.\d+)?(?:\s?%|\s(?:million|billion))?(?!\w)")
+SCALE = {"million": 1e6, "billion": 1e9}
+# A paragraph that names its source, or works the number out before the reader's eyes.
+SOURCE = re.compile(
+    r"\]\(http|\]\(\.\./book/references|\b(paper|[Tt]able|appendix)\b|[=≈×·]|\bet al\."
+)
+CHOICE = re.compile(r"(^|\s)[-*]?\s*\(?[a-e]\)\s")  # an answer to choose may be a wrong one
+OPENING = re.compile(r"^Read: ", re.MULTILINE)  # its times are written and tested elsewhere
+
+
+def prose(markdown: str) -> str:
+    """The words of a cell: no code, no formulas, no addresses."""
+    for pattern, left in (
+        (r"```.*?```", ""),
+        (r"\$\$.*?\$\$", "="),  # what stands beside a formula can be followed there
+        (r"\$[^$]*\$", "x"),
+        (r"`[^`]*`", ""),
+        (r"<[^>]+>", ""),
+    ):
+        markdown = re.sub(pattern, left, markdown, flags=re.DOTALL)
+    return markdown
+
+
+def values(text: str) -> set[float]:
+    return {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)}
+
+
+def is_one_of(number: str, known: set[float]) -> bool:
+    """Whether a number of the text is a known value, rounded as the text rounds it."""
+    digits = re.match(r"[\d,]+(?:\.(\d+))?", number)
+    value, places = float(digits[0].replace(",", "")), len(digits[1] or "")
+    scale = next((s for word, s in SCALE.items() if word in number), 1.0)
+    half = 0.500001 * 10**-places
+    near = (lambda x: abs(x / scale - value) <= half) if scale > 1 else None
+    near = near or (lambda x: abs(x - value) <= half or abs(100 * x - value) <= half)
+    return any(near(x) for x in known)
+
+
+@cache
+def recorded() -> frozenset[float]:
+    """Every number below `results/`."""
+    found: set[float] = set()
+
+    def walk(node):
+        if isinstance(node, dict):
+            [walk(value) for key, value in node.items() if key != "provenance"]
+        elif isinstance(node, list):
+            [walk(value) for value in node]
+        elif isinstance(node, int | float):
+            found.add(abs(float(node)))
+
+    for path in (ROOT / "results").rglob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        # The curve of a run is a thousand numbers: any would be found among them.
+        walk({k: v for k, v in record.items() if k != "losses"} if isinstance(record, dict) else [])
+    return frozenset(found)
+
+
+def unproven(cells) -> list[str]:
+    """The numbers of a chapter's text that are in no output and no code, and have no source.
+
+    Where the text says "recorded", the records below `results/` count too.
+    """
+    shown = ""
+    for cell in cells:
+        if cell.cell_type == "code":
+            shown += cell.source + "\n"
+            for output in cell.outputs:
+                shown += (
+                    output.get("text", "") + output.get("data", {}).get("text/plain", "") + "\n"
+                )
+    known = values(shown)
+    missing = []
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            continue
+        for paragraph in re.split(r"\n\s*\n|\n(?=[-|>])", prose(cell.source)):
+            if SOURCE.search(paragraph) or OPENING.search(paragraph) or CHOICE.search(paragraph):
+                continue
+            told = recorded() if "recorded" in cell.source else frozenset()
+            for match in NUMBER.finditer(paragraph):
+                if not re.search(r"[.%]", match[0]):
+                    continue
+                if not is_one_of(match[0], known | told):
+                    missing.append(f"{match[0]!r} in {' '.join(paragraph.split())[:120]!r}")
+    return missing
+
+
+@pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
+def test_every_result_in_the_text_is_in_an_output(path):
+    assert unproven(read(path).cells) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("NF4 loses 12.34 % here.", True),
+        ("NF4 loses 12.3 % here.", False),
+        ("It has 1.2 million parameters.", False),
+        ("It has 1.3 million parameters.", True),
+        ("It is 0.05 % more.", True),
+        ("It costs 4.127 bits (the paper, section 3).", False),
+        ("Seven of 16 are 43.75 = 7 / 16.", False),
+        ("Read: 5 minutes · run: about 2.5 minutes", False),
+    ],
+)
+def test_a_number_from_nowhere_is_found(text, found):
+    cells = [
+        _cell("code", "print(share, n)", "0.1230 1,234,567\n"),
+        _cell("markdown", f"# Title\n\n{text}"),
+    ]
+    assert bool(unproven(cells)) == found
+
+
+def _cell(kind, source, text=""):
+    import nbformat
+
+    made = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}[kind]
+    cell = made(source)
+    if kind == "code":
+        cell.outputs = [nbformat.v4.new_output("stream", text=text)]
+    return cell
