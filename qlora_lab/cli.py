@@ -5,6 +5,8 @@
     qlora-lab evaluate runs/finetune-1      measure a saved adapter again
     qlora-lab memory --method qlora         the bytes of a run, before starting it
 
+On two devices: python -m torch.distributed.run --nproc_per_node 2 -m qlora_lab finetune
+
 Bad input ends with one line on stderr and exit code 2; Ctrl-C with 130. Nothing that exists is
 overwritten. Heavy imports happen inside the commands, so that `--help` is instant.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except InputError as error:
-        print(f"qlora-lab: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"qlora-lab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nqlora-lab: stopped; what was saved before is still there", file=sys.stderr)
@@ -73,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--output", type=Path, help="new folder (default: runs/finetune-N)")
     add.add_argument("--save-every", type=int, help="steps between checkpoints")
     add.add_argument("--resume", action="store_true", help="go on with an unfinished --output")
+    add.add_argument(
+        "--shard", action="store_true", help="of several processes, each keeps a share (FSDP)"
+    )
     add.add_argument("--no-before", action="store_true", help="do not measure before training")
 
     add = commands.add_parser("ask", help="answer one order with an adapter")
@@ -115,10 +122,12 @@ def _finetune(arguments: argparse.Namespace) -> None:
         tests = _own_tests(arguments.test) or {}
     if arguments.resume and not arguments.output:
         raise InputError("--resume needs --output, the folder of the unfinished run")
-    output = arguments.output or next_folder(RUNS, "finetune")
 
-    from qlora_lab.training import STEPS, finetune
+    from qlora_lab import distributed
+    from qlora_lab.training import STEPS, default_device, finetune
 
+    distributed.start(arguments.device or default_device())
+    output = arguments.output or distributed.first(lambda: next_folder(RUNS, "finetune"))
     result = finetune(
         arguments.model,
         arguments.method,
@@ -139,10 +148,13 @@ def _finetune(arguments: argparse.Namespace) -> None:
         output=output,
         save_every=arguments.save_every,
         resume=arguments.resume,
+        shard=arguments.shard,
         progress=sys.stderr.isatty(),
-        say=lambda line: print(line, flush=True),
+        say=lambda line: print(line, flush=True) if distributed.is_first() else None,
     )
-    _show(result, asked=tests is None)
+    if distributed.is_first():
+        _show(result, asked=tests is None)
+    distributed.stop()
 
 
 def _show(result, asked: bool) -> None:

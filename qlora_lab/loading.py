@@ -173,11 +173,13 @@ def load_model(
     if compute_dtype is not None:
         dtype, reason = compute_dtype, "it was asked for"
     config, scheme = _quantization(bits, quant_type, double_quant, dtype, quant_storage)
+    # Of several processes each has a card of its own, and says which.
+    place = torch.cuda.current_device() if device == "cuda" else device
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, quantization_config=config, device_map={"": device}
+                name, dtype=dtype, quantization_config=config, device_map={"": place}
             )
     except LOAD_ERRORS as error:
         raise cannot_load(name, error) from error
@@ -366,7 +368,8 @@ def constant_bytes(model: torch.nn.Module) -> int:
     """
     total = 0
     for layer in four_bit_layers(model).values():
-        state = layer.weight.quant_state
+        # The layer keeps it, too, and still does when FSDP has cut the weight.
+        state = layer.weight.quant_state if layer.quant_state is None else layer.quant_state
         for part in (state, state.state2) if state.nested else (state,):
             total += sum(t.nbytes for t in vars(part).values() if isinstance(t, torch.Tensor))
     for parameter in model.parameters():

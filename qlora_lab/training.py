@@ -20,6 +20,7 @@ before the first measurement, not minutes later, and a folder that holds anythin
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qlora_lab import recorded
+from qlora_lab import distributed, recorded
 from qlora_lab.data import collator, encode_rows, load_orders
 from qlora_lab.errors import InputError
 from qlora_lab.evaluation import Score, evaluate_orders
@@ -40,6 +41,7 @@ from qlora_lab.loading import (
     EMBEDDED,
     Loaded,
     Report,
+    choose_dtype,
     default_device,
     load_model,
     portable_name,
@@ -348,6 +350,7 @@ def train(
         logging_steps=1,
         # A NaN must be seen in the losses. The filter would show the mean of the others.
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,  # every adapter is used in every step
         report_to="none",
         disable_tqdm=True,
     )
@@ -359,7 +362,7 @@ def train(
             args=arguments,
             train_dataset=dataset.select(order),
             data_collator=collator(tokenizer),
-            callbacks=[_callback(steps, progress)],
+            callbacks=[_callback(steps, progress and distributed.is_first())],
         )
         trainer.remove_callback(PrinterCallback)
         if cuda:
@@ -469,7 +472,8 @@ def _callback(steps: int, progress: bool):
             self.bar.close()
 
         def on_save(self, args, state, control, **kwargs):
-            make_portable(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if distributed.is_first():
+                make_portable(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Callback()
 
@@ -489,15 +493,27 @@ def last_complete_checkpoint(folder: str | Path | None) -> Path | None:
         The newest complete one, or None.
     """
     complete = {}
+    processes = _processes_of(folder)
     for path in Path(folder).glob("checkpoint-*") if folder is not None else ():
         try:
             state = json.loads((path / "trainer_state.json").read_text("utf-8"))
             step = int(path.name.removeprefix("checkpoint-"))
         except (OSError, ValueError):
             continue
-        if state.get("global_step") == step and all(map(_is_whole, path.iterdir())):
+        if state.get("global_step") != step or not all(map(_is_whole, path.iterdir())):
+            continue
+        written = len(list(path.glob("rng_state_*.pth")))  # each of several processes writes one
+        if not written or written >= processes:
             complete[step] = path
     return complete[max(complete)] if complete else None
+
+
+def _processes_of(folder: str | Path | None) -> int:
+    """How many processes the run in a folder was begun with; 1 if it does not say."""
+    try:
+        return json.loads((Path(folder or "") / "settings.json").read_text("utf-8"))["processes"]
+    except (OSError, ValueError, KeyError):
+        return 1
 
 
 def _is_whole(file: Path) -> bool:
@@ -554,6 +570,7 @@ def finetune(
     output: str | Path | None = None,
     save_every: int | None = None,
     resume: bool = False,
+    shard: bool = False,
     progress: bool = True,
     say=lambda line: None,
 ) -> Result:
@@ -569,7 +586,7 @@ def finetune(
         dropout: Their dropout.
         lr: Learning rate; by default what `recipe` says.
         steps: Optimizer steps.
-        batch_size: Rows in a forward pass.
+        batch_size: Rows in a forward pass, of each process where torchrun started several.
         accumulation: Forward passes for a step.
         optim: The Trainer's optimizer; paged AdamW on CUDA, plain AdamW on a CPU.
         checkpointing: Recompute activations in the backward pass.
@@ -579,6 +596,7 @@ def finetune(
         output: New folder for the adapter and the record; nothing is saved without it.
         save_every: Steps between checkpoints, in `output`.
         resume: Go on in `output` from its newest complete checkpoint, with the same settings.
+        shard: Of several processes, each keeps a share of the weights (FSDP) and not all (DDP).
         progress: Show progress on a terminal.
         say: Called with a line of text at each stage.
 
@@ -596,16 +614,22 @@ def finetune(
     lr = usual_lr if lr is None else lr
     alpha = usual_alpha if alpha is None else alpha
     device = device or default_device()
-    if optim is None:
-        optim = "paged_adamw_32bit" if device == "cuda" else "adamw_torch"
+    if optim is None:  # paging knows no shares
+        optim = "paged_adamw_32bit" if device == "cuda" and not shard else "adamw_torch"
     _check_numbers(steps, batch_size, accumulation, lr, seed, save_every)
     _check_optimizer(optim)
     if (save_every or resume) and output is None:
         raise InputError("checkpoints need a folder; give output=...")
-    folder = None if output is None else check_output(output, resume)
+    if shard:
+        _check_shard(method, bool(save_every or resume))
+    distributed.start(device)
+    folder = None if output is None else distributed.first(lambda: check_output(output, resume))
 
     compute_dtype = torch.float32 if full else None
-    loaded = load_model(name, METHODS[method], device=device, compute_dtype=compute_dtype)
+    storage = choose_dtype(device)[0] if shard and method == "qlora" else torch.uint8
+    loaded = load_model(
+        name, METHODS[method], device=device, compute_dtype=compute_dtype, quant_storage=storage
+    )
     model, tokenizer, report = loaded
     say(str(report))
     if not full:
@@ -625,6 +649,7 @@ def finetune(
         "accumulation": accumulation,
         "optim": optim,
         "seed": seed,
+        "processes": distributed.world_size(),
     }
     batch = 120 if report.device == "cpu" else 360
 
@@ -634,12 +659,14 @@ def finetune(
         say("measuring the base model, before training")
         first, seconds = _timed_evaluation(model, tokenizer, tests, batch)
     if folder is not None:
-        claim(folder, settings, resume)
+        distributed.first(lambda: claim(folder, settings, resume))
     torch.manual_seed(seed)  # the same adapters whether or not something was measured before
     if not full:
         model = attach_adapter(model, r, alpha, dropout, checkpointing=checkpointing)
     elif checkpointing:
         recompute_activations(model)
+    if shard:
+        distributed.shard(model)
     run = train(
         model,
         tokenizer,
@@ -664,6 +691,18 @@ def finetune(
     if folder is not None:
         save(result, folder)
     return result
+
+
+def _check_shard(method: str, checkpoints: bool) -> None:
+    if method not in ("qlora", "lora"):
+        raise InputError(f"method {method!r} is not shared out here; choose qlora or lora")
+    if checkpoints:
+        raise InputError(
+            "the Trainer would save one process's share of Adam's moments; "
+            "checkpoints need a run without shard"
+        )
+    if distributed.world_size() == 1:
+        raise InputError(distributed.ALONE)
 
 
 def _timed_evaluation(model, tokenizer, tests, batch) -> tuple[dict[str, Score], float]:
@@ -704,7 +743,8 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> No
 
     Two runs may have been sent to one folder at the same time: the file is created exclusively,
     so the second stops before it has written anything. A resumed run reads it instead, because
-    other settings would go on with a schedule or with adapters of another shape.
+    other settings would go on with a schedule or with adapters of another shape. The rows of a
+    step may be shared out otherwise than before: one process can go on where two had begun.
 
     Args:
         folder: Made if absent.
@@ -727,22 +767,39 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> No
         raise InputError(f"{folder} belongs to another run; choose another --output") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be used; choose another --output") from error
+    rows, begun_rows = _rows_a_step(settings), _rows_a_step(begun)
+    if rows != begun_rows:
+        raise InputError(
+            f"the run in {folder} was begun with {begun_rows} rows a step, not {rows}: "
+            "batch size times accumulation times processes has to stay the same"
+        )
     for key, value in settings.items():
-        if begun.get(key) != value:
+        if begun.get(key) != value and key not in _SHARES:
             raise InputError(
                 f"the run in {folder} was begun with {key}={begun.get(key)}, not {value}; "
                 "resume it with the same settings"
             )
 
 
+_SHARES = ("batch_size", "accumulation", "processes")
+
+
+def _rows_a_step(settings: Mapping[str, Any]) -> int:
+    return math.prod(settings.get(key, 1) for key in _SHARES)
+
+
 def save(result: Result, folder: Path) -> None:
     """Save adapter (or full model), tokenizer and `result.json`, the record last.
 
     `result.json` marks a finished run, so it is moved into place only when all else is written.
+    Of several processes the first writes; all of them help to gather what is cut.
     """
     target = folder / ("model" if result.method == "full" else "adapter")
+    gathered = distributed.gather_trained(result.model)
+    if not distributed.is_first():
+        return
     with quiet():
-        result.model.save_pretrained(target)
+        result.model.save_pretrained(target, state_dict=gathered)
         result.tokenizer.save_pretrained(target)
     make_portable(target)
     partial = folder / "result.json.part"
