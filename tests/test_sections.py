@@ -1,5 +1,6 @@
 """checkpoint("4.3"): the names that a section starts with; one clear line for a wrong section."""
 
+import json
 import os
 
 import pytest
@@ -97,3 +98,10 @@ def test_what_travels_with_the_package_is_what_the_chapters_say():
     assert sections.FILE.read_text("utf-8") == derive.sections_text()
     assert derive.STATUS.read_text("utf-8") == derive.status_text()
     assert derive.status_text().count("../notebooks/") == len(chapters())
+
+
+def test_no_chapter_takes_twice_what_it_may():
+    times = json.loads(derive.TIMES.read_text("utf-8"))
+    took = {path.stem: times[path.stem]["seconds"] for path in chapters()}
+    assert {n: s for n, s in took.items() if s > 2 * derive.budget(n)} == {}
+    assert sum(took.values()) <= 2 * derive.ALL

@@ -15,6 +15,9 @@ from tools.notebooks import ROOT, chapters, read
 
 STATUS = ROOT / "book" / "status.md"
 TIMES = ROOT / "results" / "notebooks.json"
+# Seconds on two cores: what a reader is asked to wait for a chapter, and for all of them.
+BUDGET = {0: 150, 1: 60, 2: 60, 6: 60, 9: 90, 10: 60, 11: 60}
+OTHERS, ALL = 20, 480
 
 
 def sections_text() -> str:
@@ -24,6 +27,11 @@ def sections_text() -> str:
         cells = [c for c in read(path).cells if "remove-cell" not in c.metadata.get("tags", [])]
         notebooks[path.stem] = [(cell.cell_type, cell.source) for cell in cells]
     return json.dumps(sections.cut(notebooks), indent=1, ensure_ascii=False) + "\n"
+
+
+def budget(name: str) -> int:
+    """Return the seconds that a chapter may run, by its file's number."""
+    return BUDGET.get(int(name[:2]), OTHERS)
 
 
 def status_text() -> str:
@@ -36,8 +44,8 @@ def status_text() -> str:
         "stored, and again by `make test`, which compares what comes out with what is stored.",
         "This table is written by the script that executes them.",
         "",
-        "| Chapter | Runs in | Executed | Python | torch | transformers | peft |",
-        "|---|---:|---|---|---|---|---|",
+        "| Chapter | Runs in | Budget | Executed | Python | torch | transformers | peft |",
+        "|---|---:|---:|---|---|---|---|---|",
     ]
     known = [path for path in chapters() if path.stem in times]
     for path in known:
@@ -45,7 +53,8 @@ def status_text() -> str:
         run = times[path.stem]
         versions = (run[name] for name in ("python", "torch", "transformers", "peft"))
         lines.append(
-            f"| [{title}](../notebooks/{path.name}) | {run['seconds']:.0f} s | {run['date']} "
+            f"| [{title}](../notebooks/{path.name}) | {run['seconds']:.0f} s "
+            f"| {budget(path.stem)} s | {run['date']} "
             f"| {' | '.join(versions)} |"
         )
     cpus = sorted({times[path.stem]["cpus"] for path in known})
@@ -53,7 +62,7 @@ def status_text() -> str:
     return "\n".join(
         [
             *lines,
-            f"| **all** | **{total / 60:.1f} min** | | | | | |",
+            f"| **all** | **{total:.0f} s** | {ALL} s | | | | | |",
             "",
             f"The times are those of a machine with {' or '.join(map(str, cpus))} processor cores",
             "and no GPU.",
