@@ -189,10 +189,12 @@ def summarise(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[*SIZES])
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    plan = [(method, None, seed) for seed in args.seeds for method in METHODS]
-    plan += [("qlora", size, seed) for seed in args.seeds for size in SIZES]
+    plan = [(method, None, seed) for seed in args.seeds for method in args.methods]
+    plan += [("qlora", size, seed) for seed in args.seeds for size in args.sizes]
     for method, size, seed in plan:
         stem = f"{method}-{size}rows" if size else method
         path = args.out / f"{stem}-seed{seed}.json"
