@@ -37,6 +37,17 @@ VALIDATION_ROWS = 96
 PAIRS = 40
 OUT = Path("results/cpu/next")
 COMMAND = "python -m experiments.next"
+PAGE = Path("book/what_people_ask_next.md")
+FIRST_MARK, LAST_MARK = "<!-- measured -->", "<!-- end -->"
+TITLES = {
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "ia3": "IA3",
+    "loftq": "LoftQ",
+    "8bit": "8-bit LoRA",
+    "qlora-400rows": "QLoRA",
+    "qlora-50rows": "QLoRA",
+}
 
 
 def adapted(method: str):
@@ -186,6 +197,34 @@ def summarise(folder: Path) -> dict:
     return summary
 
 
+def table(summary: dict) -> str:
+    """The page's table: one row a method, one value a seed."""
+    qlora = summary["qlora"]["cpu_seconds_per_step"]
+    lines = [
+        "| Method | Base | Rows | Trained | Validation loss | Exact match | Time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, title in TITLES.items():
+        if name not in summary:
+            continue
+        row = summary[name]
+        ratio = [a / b for a, b in zip(row["cpu_seconds_per_step"], qlora, strict=False)]
+        match = " ".join(f"{x:.0%}" for x in row.get("exact_match", [])) or "not measured"
+        loss = " ".join(f"{x:.2f}" for x in row["validation_loss"])
+        lines.append(
+            f"| {title} | {row['bits']} bits | {row['rows']:,} | {row['trainable']:,} "
+            f"| {loss} | {match} | {sorted(ratio)[len(ratio) // 2]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def stamp(page: Path, text: str) -> None:
+    """Write the table into the page, between its two marks."""
+    before, _, rest = page.read_text("utf-8").partition(FIRST_MARK)
+    after = rest.partition(LAST_MARK)[2]
+    page.write_text(f"{before}{FIRST_MARK}\n\n{text}\n\n{LAST_MARK}{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -204,6 +243,8 @@ def main() -> None:
             print(path.stem, record["validation_loss"], record["cpu_seconds_per_step"], flush=True)
     summary = summarise(args.out)
     write(args.out / "summary.json", {"runs": summary, "provenance": provenance(command=COMMAND)})
+    if args.out == OUT:
+        stamp(PAGE, table(summary))
     for name, row in summary.items():
         print(f"{name:<14} {row['trainable']:>9,} {row['validation_loss']}")
 
