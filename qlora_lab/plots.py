@@ -1230,7 +1230,7 @@ def curves(
         log: "x", "y" or "xy" for logarithmic axes.
         level: A value and what it means, drawn as a dashed line across.
         markers: Mark every point, for lines of few points.
-        legend: Where the names stand, as matplotlib calls it.
+        legend: Where the names stand, as matplotlib calls it; or "above" the axes.
 
     Returns:
         The figure.
@@ -1249,14 +1249,72 @@ def curves(
         value, meaning = level
         ax.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
         ax.annotate(meaning, (0, value), (6, 4), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", fontsize=9)  # fmt: skip
+                    textcoords="offset points", fontsize=9,
+                    bbox={"facecolor": BACKGROUND, "linewidth": 0, "pad": 1})  # fmt: skip
     for axis in log:
         getattr(ax, f"set_{axis}scale")("log")
     ax.set_xlabel(horizontal)
     ax.set_ylabel(vertical)
     ax.margins(x=0.02)
     ax.grid(axis="y")
-    ax.legend(loc=legend)
+    if legend == "above":
+        figure.legend(loc="outside upper center", ncols=2)
+    else:
+        ax.legend(loc=legend)
     across = f" A dashed line: {level[1]}." if level else ""
     figure.alt = f"{vertical} against {horizontal} for {_list(list(lines))}.{across}"
+    return figure
+
+
+# Two devices
+
+
+@styled
+def shared_columns(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], note: str | None = None
+) -> Figure:
+    """Draw what each device of a run holds and sends, one column a way of sharing the work.
+
+    Args:
+        panels: Title of a panel -> name of a column -> slice -> bytes; slices as in `SLICES`.
+        note: A line under the legend.
+
+    Returns:
+        The figure: a panel a quantity, each with its own axis, the total above each column.
+
+    Raises:
+        InputError: There is no panel, or a slice is unknown.
+    """
+    _not_empty("panels", panels)
+    stacks = [stack for columns in panels.values() for stack in columns.values()]
+    unknown = {name for stack in stacks for name in stack} - set(SLICES)
+    if unknown:
+        raise InputError(f"slices {sorted(unknown)} are unknown: give some of {', '.join(SLICES)}")
+    longest = max(sum(stack.values()) for stack in stacks)
+    scale, unit = (1e9, "GB") if longest > 1e9 else (1e6, "MB")
+    figure, axes = _figure(3.8, columns=len(panels))
+    totals = []
+    for ax, (title, columns) in zip(axes, panels.items(), strict=True):
+        for place, (name, stack) in enumerate(columns.items()):
+            bottom = 0.0
+            for part in SLICES:
+                height = stack.get(part, 0) / scale
+                ax.bar(place, height, bottom=bottom, width=0.55, **_slice_style(part, None))
+                bottom += height
+            ax.text(place, bottom, f"{bottom:.3g} {unit}", ha="center", va="bottom", fontsize=9.5)
+            totals.append(f"{title}, {name}: {bottom:.3g} {unit}")
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_xlim(-0.6, len(columns) - 0.4)
+        ax.margins(y=0.1)
+        ax.set_ylim(bottom=0)
+        ax.set_title(title)
+        ax.set_ylabel(f"{unit} (1 {unit} = {scale:,.0f} bytes)")
+        ax.tick_params(axis="x", length=0)
+        ax.grid(axis="y")
+    used = [part for part in SLICES if any(stack.get(part) for stack in stacks)]
+    handles = [Patch(label=SLICES[part], **_slice_style(part, None)) for part in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.4)
+    if note:
+        figure.supxlabel(note, fontsize=9, color=FAINT)
+    figure.alt = f"Stacked columns of bytes. {'; '.join(totals)}."
     return figure

@@ -24,6 +24,7 @@ FIGURES = {
         log="y",
         level=(1e-4, "the bar"),
         markers=True,
+        legend="above",
     ),
 }
 every_figure = pytest.mark.parametrize("name", FIGURES)
