@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(run=_finetune)
     _model_options(add, bits=False)  # the method says how many
     add.add_argument("--method", default="qlora", help="qlora (default), 8bit, lora or full")
-    add.add_argument("--r", type=int, default=16, help="rank of the adapters (default 16)")
+    add.add_argument(  # torchrun reads --r as the beginning of an option of its own
+        "--r", "--rank", type=int, default=16, help="rank of the adapters (default 16)"
+    )
     add.add_argument(
         "--alpha",
         type=float,

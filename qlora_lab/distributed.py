@@ -157,7 +157,8 @@ def held_bytes(model: torch.nn.Module, trained_copies: int = 3) -> dict[str, int
     """Count what this process holds for a run before its first batch.
 
     Args:
-        model: With adapters; cut or whole.
+        model: With adapters; cut or whole. Of a cut one, what is gathered at the moment is
+            dropped first.
         trained_copies: What is kept beside each trained number in the same size: its gradient and
             Adam's two moments.
 
@@ -166,6 +167,9 @@ def held_bytes(model: torch.nn.Module, trained_copies: int = 3) -> dict[str, int
     """
     from qlora_lab.loading import constant_bytes, four_bit_layers
 
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
     packed = {f"{name}.weight" for name in four_bit_layers(model)}
     held = dict.fromkeys(("weights", "embeddings", "adapters", "gradients", "optimizer"), 0)
     for name, parameter in model.named_parameters():

@@ -1270,17 +1270,14 @@ def curves(
 
 
 @styled
-def shared_columns(
-    panels: Mapping[str, Mapping[str, Mapping[str, float]]], note: str | None = None
-) -> Figure:
+def shared_columns(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
     """Draw what each device of a run holds and sends, one column a way of sharing the work.
 
     Args:
         panels: Title of a panel -> name of a column -> slice -> bytes; slices as in `SLICES`.
-        note: A line under the legend.
 
     Returns:
-        The figure: a panel a quantity, each with its own axis, the total above each column.
+        The figure: a panel a quantity, on one scale, the total above each column.
 
     Raises:
         InputError: There is no panel, or a slice is unknown.
@@ -1292,7 +1289,7 @@ def shared_columns(
         raise InputError(f"slices {sorted(unknown)} are unknown: give some of {', '.join(SLICES)}")
     longest = max(sum(stack.values()) for stack in stacks)
     scale, unit = (1e9, "GB") if longest > 1e9 else (1e6, "MB")
-    figure, axes = _figure(3.8, columns=len(panels))
+    figure, axes = _figure(3.8, columns=len(panels), sharey=True)
     totals = []
     for ax, (title, columns) in zip(axes, panels.items(), strict=True):
         for place, (name, stack) in enumerate(columns.items()):
@@ -1305,16 +1302,13 @@ def shared_columns(
             totals.append(f"{title}, {name}: {bottom:.3g} {unit}")
         ax.set_xticks(range(len(columns)), columns)
         ax.set_xlim(-0.6, len(columns) - 0.4)
-        ax.margins(y=0.1)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * longest / scale)
         ax.set_title(title)
-        ax.set_ylabel(f"{unit} (1 {unit} = {scale:,.0f} bytes)")
         ax.tick_params(axis="x", length=0)
         ax.grid(axis="y")
+    axes[0].set_ylabel(f"{unit} (1 {unit} = {scale:,.0f} bytes)")
     used = [part for part in SLICES if any(stack.get(part) for stack in stacks)]
     handles = [Patch(label=SLICES[part], **_slice_style(part, None)) for part in used]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.4)
-    if note:
-        figure.supxlabel(note, fontsize=9, color=FAINT)
     figure.alt = f"Stacked columns of bytes. {'; '.join(totals)}."
     return figure
