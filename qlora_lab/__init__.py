@@ -52,6 +52,7 @@ _MODULES = (
     "cli",
     "codebooks",
     "data",
+    "distributed",
     "double_quant",
     "errors",
     "evaluation",
