@@ -12,7 +12,12 @@ from experiments.faults import ABSENT, NOT_HERE, PRESENT, has_avx512f, heading, 
 from qlora_lab.blockwise import dequantize_4bit
 from qlora_lab.bnb_compat import from_quant_state
 
-SHAPES = ((64, 128, 64), (64, 48, 64), (64, 704, 128))  # rows, width, block size
+SHAPES = (
+    (64, 128, 64),
+    (64, 48, 64),
+    (64, 704, 128),
+    (1024, 1024, 2048),
+)  # rows, width, block size
 
 
 def counted_by_row(packed, state) -> torch.Tensor:
@@ -36,8 +41,8 @@ def main() -> str:
         errors = [(w - weight).abs().mean().item() for w in (library, right, by_row)]
         wrong = wrong or not torch.equal(library, right)
         print(
-            f"  {rows} x {width:3}, blocks of {blocksize:3}: mean error {errors[0]:.3f}, "
-            f"right {errors[1]:.3f}, scales counted by row would give {errors[2]:.3f}"
+            f"  {rows:4} x {width:4}, blocks of {blocksize:4}: error {errors[0]:.3f}, "
+            f"right {errors[1]:.3f}, counted by row {errors[2]:.3f}"
         )
     if wrong:
         return verdict(PRESENT, "the library's error is not that of its own bytes")
