@@ -121,7 +121,8 @@ def merge_into(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
             "dequantized_base(name), or into the original 16-bit model"
         )
     _check_adapter_folder(adapter)
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    with quiet():
+        return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
 
 
 @torch.no_grad()
@@ -217,8 +218,10 @@ def ladder(
             return score(model.eval())
 
     unmerged = load_model(name, bits=4, device=device).model
-    scores = {RUNGS[0]: measure(PeftModel.from_pretrained(unmerged, str(adapter)))}
-    del unmerged  # one model in memory at a time
+    with quiet():
+        adapted = PeftModel.from_pretrained(unmerged, str(adapter))
+    scores = {RUNGS[0]: measure(adapted)}
+    del unmerged, adapted  # one model in memory at a time
     merged = merge_into(dequantized_base(name, device), adapter)
     scores[RUNGS[1]] = measure(merged)
     in_place = measure(requantize(merged))
