@@ -1312,3 +1312,99 @@ def shared_columns(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> F
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.4)
     figure.alt = f"Stacked columns of bytes. {'; '.join(totals)}."
     return figure
+
+
+# Sweeps over seeds
+
+
+@styled
+def bands(
+    lines: Mapping[str, Mapping[float, Sequence[float]]],
+    horizontal: str,
+    vertical: str,
+    *,
+    log: str = "x",
+    point: tuple[float, float, str] | None = None,
+    legend: str = "best",
+) -> Figure:
+    """Draw what was measured over seeds against a setting: the middle seed over the range of all.
+
+    Args:
+        lines: Name -> setting -> one value a seed.
+        horizontal: Label of the horizontal axis, with its unit.
+        vertical: Label of the vertical axis, with its unit.
+        log: "x", "y" or "xy" for logarithmic axes.
+        point: A further measurement (setting, value, name), drawn as a star.
+        legend: Where the names stand, as matplotlib calls it.
+
+    Returns:
+        The figure. The settings of all lines are marked on the axis.
+
+    Raises:
+        InputError: There is no line, one is empty, or a setting has no value.
+    """
+    _not_empty("lines", lines)
+    figure, (ax,) = _figure(3.2)
+    for i, (name, values) in enumerate(lines.items()):
+        _not_empty(f"lines[{name!r}]", values)
+        for setting, seeds in values.items():
+            _not_empty(f"lines[{name!r}][{setting!r}]", seeds)
+        settings = sorted(values)
+        ordered = [sorted(float(v) for v in values[x]) for x in settings]
+        look = _look(i)
+        ax.fill_between(settings, [v[0] for v in ordered], [v[-1] for v in ordered],
+                        color=_washed(look["color"], 0.72), linewidth=0)  # fmt: skip
+        ax.plot(settings, [_quantile(v, 0.5) for v in ordered], **look, label=name)
+    if point is not None:
+        x, y, name = point
+        ax.plot([x], [y], marker="*", markersize=17, color=COLORS["gradients"], linestyle="",
+                markeredgecolor=INK, label=name, zorder=5)  # fmt: skip
+    for axis in log:
+        getattr(ax, f"set_{axis}scale")("log")
+    marked = sorted({x for values in lines.values() for x in values})
+    ax.set_xticks(marked, [f"{x:g}" for x in marked])
+    ax.tick_params(which="minor", bottom=False)
+    ax.set_xlabel(horizontal)
+    ax.set_ylabel(vertical)
+    ax.margins(x=0.04)
+    ax.grid(axis="y")
+    ax.legend(loc=legend)
+    star = f" A star: {point[2]}." if point else ""
+    figure.alt = (
+        f"{vertical} against {horizontal} for {_list(list(lines))}; lines are the middle of "
+        f"several seeds, shaded areas reach from the lowest to the highest.{star}"
+    )
+    return figure
+
+
+@styled
+def seed_dots(rows: Mapping[str, Sequence[float]], quantity: str) -> Figure:
+    """Draw one dot a seed for each of a few ways, and a bar at their middle.
+
+    Args:
+        rows: Name -> one value a seed.
+        quantity: Label of the horizontal axis, with its unit.
+
+    Returns:
+        The figure, a row a name.
+
+    Raises:
+        InputError: There is no row, or one has no value.
+    """
+    _not_empty("rows", rows)
+    figure, (ax,) = _figure(0.9 + 0.42 * len(rows))
+    for row, (name, seeds) in enumerate(rows.items()):
+        _not_empty(f"rows[{name!r}]", seeds)
+        color = COLORS["weights"]
+        middle = _quantile(sorted(float(v) for v in seeds), 0.5)
+        ax.plot([middle] * 2, [row - 0.28, row + 0.28], color=color, linewidth=2.4)
+        ax.plot(seeds, [row] * len(seeds), linestyle="", marker="o", markersize=8, color=color,
+                markerfacecolor=_washed(color, 0.45))  # fmt: skip
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel(quantity)
+    ax.tick_params(axis="y", length=0)
+    ax.margins(x=0.05)
+    ax.grid(axis="x")
+    figure.alt = f"{quantity}: one dot a seed and a bar at their middle, for {_list(list(rows))}."
+    return figure
