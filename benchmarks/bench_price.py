@@ -5,10 +5,14 @@ layers; the only difference is the base, NF4 with double quantization or plain w
 computes in float32 and so holds the plain base in float32, too; a CUDA device takes bfloat16. A
 step is forward, backward and AdamW. The second table is one frozen layer of the width of a 7B
 model, forward and backward to its input, without adapters. There is no bar: this is a price.
+
+On a CPU everything runs on one thread and is timed in processor time: beside other programs the
+wall clock would measure them, too.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -57,6 +61,16 @@ def passer(layer: nn.Module, tokens: int, device: str, dtype: torch.dtype) -> Ca
 
 def rows(device: str = "cpu", rounds: int = ROUNDS) -> list[Row]:
     """Time pairs in turns: the model at several batch sizes, then one wide layer."""
+    clock = None if device == "cuda" else time.process_time
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if device == "cuda" else 1)
+    try:
+        return _rows(device, rounds, clock)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(device: str, rounds: int, clock: Callable[[], float] | None) -> list[Row]:
     dtype = choose_dtype(device)[0]
     bases = {}
     for method in ("QLoRA", "LoRA"):
@@ -69,7 +83,7 @@ def rows(device: str = "cpu", rounds: int = ROUNDS) -> list[Row]:
         for batch in BATCHES
         for method, model in bases.items()
     }
-    timing = Timing(steps, device, rounds)
+    timing = Timing(steps, device, rounds, clock)
     found = []
     for batch in BATCHES:
         tokens = batch * LENGTH
@@ -85,7 +99,7 @@ def rows(device: str = "cpu", rounds: int = ROUNDS) -> list[Row]:
         for tokens in TOKENS
         for name, layer in layers.items()
     }
-    timing = Timing(passes, device, rounds)
+    timing = Timing(passes, device, rounds, clock)
     for tokens in TOKENS:
         ours, plain = (f"{name} layer, {tokens} tokens" for name in layers)
         found += [timing.row(ours, plain) | {"tokens": tokens}, timing.row(plain)]
