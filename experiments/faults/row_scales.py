@@ -12,12 +12,8 @@ from experiments.faults import ABSENT, NOT_HERE, PRESENT, has_avx512f, heading, 
 from qlora_lab.blockwise import dequantize_4bit
 from qlora_lab.bnb_compat import from_quant_state
 
-SHAPES = (
-    (64, 128, 64),
-    (64, 48, 64),
-    (64, 704, 128),
-    (1024, 1024, 2048),
-)  # rows, width, block size
+# Rows, width, block size.
+SHAPES = ((64, 128, 64), (64, 48, 64), (64, 704, 128), (1024, 1024, 2048))
 
 
 def counted_by_row(packed, state) -> torch.Tensor:
