@@ -320,7 +320,7 @@ def train(
         "seed": seed,
     }
     fast, keeping = recorded.fast(), "QLORA_LAB_RECORD" in os.environ
-    wanted = (fast or keeping) and output is None and not cuda
+    wanted = (fast or keeping) and output is None and not cuda and distributed.world_size() == 1
     known = recorded.key(model, dataset, settings) if wanted else None
     if known and fast and (kept := recorded.restore(model, known)):
         date = kept["provenance"]["date"]
