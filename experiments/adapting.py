@@ -201,8 +201,10 @@ def main() -> None:
             path = args.out / sweep / f"seed{seed}.json"
             record = read(path)
             for name, arguments in globals()[sweep](first):
-                if name in record["runs"] or time.monotonic() > end:
+                if name in record["runs"]:
                     continue
+                if time.monotonic() > end:
+                    return
                 bench = bench or Bench()
                 run, losses = bench.run(**arguments, seed=seed)
                 record["runs"][name], record["losses"][name] = run, losses
