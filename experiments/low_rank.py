@@ -34,7 +34,7 @@ ROWS = 60  # of each grade: with two grades one batch
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 256)
 CUTS = {
     "update": RANKS,
-    "weight": (16, 128, 192, 224, 240),
+    "weight": (16, 64, 128, 192, 224, 240),
     "update, embeddings put back": (16, 256),
     "update, strongest removed": (16,),
 }
@@ -174,7 +174,7 @@ def shape(update: dict, base: dict) -> dict:
                 "rank": int(torch.linalg.matrix_rank(matrix)),
                 "effective_rank": round(effective_rank(matrix), 2),
                 "energy": {r: round(energy(matrix, r), 4) for r in RANKS if r},
-                "norm": round(float(matrix.norm()), 4),
+                "norm": round(matrix.norm().item(), 4),
             }
         rows[name] = spectra | {
             "amplification": round(amplification(weight, delta, 4), 2),
