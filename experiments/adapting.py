@@ -145,6 +145,9 @@ def ranks(first: dict) -> Iterator[tuple[str, dict]]:
     for r in RANKS:
         for task in ("64 codes", "orders"):
             yield f"{task}, r={r}", {"task": task, "adapter": {"r": r, "alpha": ALPHA}}
+    # Does rank 1 lack room, or time? Four times as many passes tell.
+    long = {"task": "64 codes", "adapter": {"r": 1, "alpha": ALPHA}, "steps": 320}
+    yield "64 codes, r=1, four times as long", long
     for rule, alpha in RULES.items():
         for r in (1, 16, 64):
             adapter = {"r": r, "alpha": alpha(r)}
