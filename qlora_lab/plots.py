@@ -1228,7 +1228,7 @@ def curves(
         horizontal: Label of the horizontal axis, with its unit.
         vertical: Label of the vertical axis, with its unit.
         log: "x", "y" or "xy" for logarithmic axes.
-        level: A value and what it means, drawn as a dashed line across.
+        level: A value and what it means, drawn as a thin dashed line across.
         markers: Mark every point, for lines of few points.
         legend: Where the names stand, as matplotlib calls it; or "above" the axes.
 
@@ -1247,10 +1247,7 @@ def curves(
         ax.plot(xs, ys, label=name, **_look(i) | ({} if markers else {"marker": ""}))
     if level is not None:
         value, meaning = level
-        ax.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
-        ax.annotate(meaning, (0, value), (6, 4), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", fontsize=9,
-                    bbox={"facecolor": BACKGROUND, "linewidth": 0, "pad": 1})  # fmt: skip
+        ax.axhline(value, color=INK, linewidth=1.3, linestyle=(0, (2, 2)), zorder=1, label=meaning)
     for axis in log:
         getattr(ax, f"set_{axis}scale")("log")
     ax.set_xlabel(horizontal)
@@ -1258,7 +1255,7 @@ def curves(
     ax.margins(x=0.02)
     ax.grid(axis="y")
     if legend == "above":
-        figure.legend(loc="outside upper center", ncols=2)
+        figure.legend(loc="outside upper center", ncols=3)
     else:
         ax.legend(loc=legend)
     across = f" A dashed line: {level[1]}." if level else ""
@@ -1325,6 +1322,7 @@ def bands(
     *,
     log: str = "x",
     point: tuple[float, float, str] | None = None,
+    level: tuple[float, str] | None = None,
     legend: str = "best",
 ) -> Figure:
     """Draw what was measured over seeds against a setting: the middle seed over the range of all.
@@ -1335,6 +1333,7 @@ def bands(
         vertical: Label of the vertical axis, with its unit.
         log: "x", "y" or "xy" for logarithmic axes.
         point: A further measurement (setting, value, name), drawn as a star.
+        level: A value and what it means, drawn as a thin dashed line across.
         legend: Where the names stand, as matplotlib calls it.
 
     Returns:
@@ -1359,6 +1358,11 @@ def bands(
         x, y, name = point
         ax.plot([x], [y], marker="*", markersize=17, color=COLORS["gradients"], linestyle="",
                 markeredgecolor=INK, label=name, zorder=5)  # fmt: skip
+    if level is not None:
+        value, meaning = level
+        ax.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
+        ax.annotate(meaning, (1, value), (-4, 4), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", fontsize=9, ha="right")  # fmt: skip
     for axis in log:
         getattr(ax, f"set_{axis}scale")("log")
     marked = sorted({x for values in lines.values() for x in values})
@@ -1370,6 +1374,7 @@ def bands(
     ax.grid(axis="y")
     ax.legend(loc=legend)
     star = f" A star: {point[2]}." if point else ""
+    star += f" A dashed line: {level[1]}." if level else ""
     figure.alt = (
         f"{vertical} against {horizontal} for {_list(list(lines))}; lines are the middle of "
         f"several seeds, shaded areas reach from the lowest to the highest.{star}"

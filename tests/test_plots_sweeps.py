@@ -11,7 +11,9 @@ from qlora_lab.errors import InputError
 
 LINES = {"orders": {1: [3, 1, 2], 16: [2, 2, 5]}, "codes": {16: [4, 8, 6], 1: [9, 9, 9]}}
 FIGURES = {
-    "bands": lambda: plots.bands(LINES, "rank", "bits", point=(16, 4, "yours")),
+    "bands": lambda: plots.bands(
+        LINES, "rank", "bits", point=(16, 4, "yours"), level=(8, "chance")
+    ),
     "dots": lambda: plots.seed_dots({"attention": [1, 2, 9], "MLP": [4, 4, 4]}, "recall (%)"),
 }
 
@@ -35,9 +37,10 @@ def test_the_line_is_the_middle_seed_in_the_order_of_the_settings():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "16"]
 
 
-def test_the_readers_point_is_named():
+def test_the_readers_point_and_the_level_are_named():
     figure = FIGURES["bands"]()
-    assert "yours" in [t.get_text() for t in figure.findobj(Text)] and "yours" in figure.alt
+    named = [t.get_text() for t in figure.findobj(Text)]
+    assert all(name in named and name in figure.alt for name in ("yours", "chance"))
 
 
 def test_every_seed_is_a_dot_and_the_bar_is_their_middle():
