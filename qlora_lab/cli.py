@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    os.environ.pop("FAST", None)  # for chapters: who types a command wants it to be carried out
     try:
         arguments.run(arguments)
     except InputError as error:

@@ -320,7 +320,8 @@ def train(
         "seed": seed,
     }
     fast, keeping = recorded.fast(), "QLORA_LAB_RECORD" in os.environ
-    wanted = (fast or keeping) and output is None and not cuda and distributed.world_size() == 1
+    alone = not cuda and distributed.world_size() == 1
+    wanted = (fast or keeping) and alone and not (save_every or resume)
     known = recorded.key(model, dataset, settings) if wanted else None
     if known and fast and (kept := recorded.restore(model, known)):
         date = kept["provenance"]["date"]

@@ -6,7 +6,8 @@ code is 0 only when every step passed.
 - lint       ruff: errors, imports, format, in modules and notebooks
 - unit       the package against its references, and the tools
 - notebooks  every cell of every chapter again, compared with the stored output (nbval, strict)
-- other-cpu  the same as if on another processor: AVX2 kernels, one thread
+- other-cpu  the same as if on another processor (AVX2 kernels, one thread), with recorded training
+             runs in place of training: FAST is tested, and no run is trained twice in a round
 - book       built from nothing, warnings are errors, pages counted
 - browser    the built book in Chromium: phone and desktop, light and dark
 
@@ -28,6 +29,7 @@ from tools import book
 from tools.notebooks import ROOT, chapters, kernel_environment
 
 OTHER_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+OTHER_CPU |= {"FAST": "quiet"}
 WORKERS = min(2, os.cpu_count() or 1)
 BAR = 24  # characters of the longest bar in the closing table
 
