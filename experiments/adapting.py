@@ -11,7 +11,7 @@ else can be known of them.
 - `ranks`: both tasks at ranks 1 to 64 with alpha fixed, so that a first step promises the same at
   every rank; then a short run on the orders under two other rules for alpha.
 - `where`: the same number of trained parameters on all layers, on the attention alone, on two of
-  its matrices, on the MLP alone, and as a prefix. Seed 0 tries four learning rates for
+  its matrices, on the MLP alone, and as a prefix. Seed 0 tries four or five learning rates for
   each, the other seeds take the best of them.
 - `learning_rates`: full fine-tuning and LoRA at two alphas, from rates that do little to rates
   that destroy the model.
@@ -57,7 +57,7 @@ PLACES = {
     "MLP": (17, ["gate_proj", "up_proj", "down_proj"]),
 }
 VIRTUAL_TOKENS = 96
-PLACE_RATES, PREFIX_RATES = (5e-4, 1e-3, 2e-3, 4e-3), (3e-3, 1e-2, 3e-2, 1e-1)
+PLACE_RATES, PREFIX_RATES = (5e-4, 1e-3, 2e-3, 4e-3), (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 LORA_ALPHAS = {"alpha=2r": 2.0 * MIDDLE, "alpha=16r": 16.0 * MIDDLE}
 
