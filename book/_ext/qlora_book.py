@@ -1,4 +1,4 @@
-"""What this book needs of Sphinx beyond Jupyter Book, in seven short pieces.
+"""What this book needs of Sphinx beyond Jupyter Book, in eight short pieces.
 
 1. API pages without torch: whatever the package imports that is not in the standard library is
    mocked. The list is read from the sources, so that it cannot fall behind them.
@@ -8,13 +8,15 @@
    a link where it is a name, and literal text where it is an expression.
 5. The directive `{module-table}`: every module with the first sentence of its docstring.
 6. No page loads a script from somebody else's server.
-7. A notebook, which knows no `{term}`, can link `glossary.md#term-absmax` like any heading.
+7. The directive `{pretest}`: every claim of chapter 12 as a question, without its answer.
+8. A notebook, which knows no `{term}`, can link `glossary.md#term-absmax` like any heading.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import html
 import json
 import re
 import sys
@@ -153,6 +155,34 @@ class ModuleTable(SphinxDirective):
         return self.parse_text_to_nodes("\n".join([*lines, "```"]))
 
 
+class Pretest(SphinxDirective):
+    """Ask for a belief and how sure it is, for each claim; `_static/claims.js` keeps the marks."""
+
+    def run(self) -> list[nodes.Node]:
+        source = PACKAGE / "assets" / "claims.json"
+        self.env.note_dependency(str(source))
+        asked = "".join(question(c) for c in json.loads(source.read_text(encoding="utf-8")))
+        end = '<p><span class="pretest-status" role="status"></span> '
+        end += '<button type="reset">Clear my marks</button></p>'
+        return [nodes.raw("", f'<form class="pretest">{asked}{end}</form>', format="html")]
+
+
+def question(claim: dict) -> str:
+    """Return the HTML that asks about one claim."""
+    answers = {"true": "true", "depends": "true of something, not of all", "false": "false"}
+    sure = {"guess": "a guess", "fairly": "fairly sure", "certain": "certain"}
+    number = claim["id"]
+    radios = "".join(
+        f'<label><input type="radio" name="claim-{number}" value="{value}"> {words}</label> '
+        for value, words in answers.items()
+    )
+    options = "".join(f'<option value="{key}">{words}</option>' for key, words in sure.items())
+    return (
+        f'<fieldset data-claim="{number}"><legend>{number}. {html.escape(claim["claim"])}</legend>'
+        f'{radios}<label class="sure">How sure? <select>{options}</select></label></fieldset>'
+    )
+
+
 def first_paragraph(source: Path) -> str:
     """Return the first paragraph of a module's docstring as one line."""
     docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
@@ -216,6 +246,8 @@ def restore_prose(app, what, name, obj, options, lines: list[str]) -> None:
 def setup(app: Sphinx) -> dict:
     """Register with Sphinx."""
     app.add_directive("module-table", ModuleTable)
+    app.add_directive("pretest", Pretest)
+    app.add_js_file("claims.js", loading_method="defer")
     app.connect("config-inited", configure, priority=100)
     app.connect("autodoc-process-docstring", rewrite_docstring, priority=100)
     app.connect("autodoc-process-docstring", restore_prose, priority=900)
