@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from qlora_lab.blockwise import dequantize_4bit
-from qlora_lab.data import collator, encode
+from qlora_lab.data import IGNORED, collator, encode
 from qlora_lab.errors import InputError
 from qlora_lab.evaluation import evaluating
 from qlora_lab.loading import four_bit_layers, load_model, quiet
@@ -264,11 +264,12 @@ def answer_bits(
             batch = collate([encoded[i] for i in chosen])
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, :-1].float()
-            nats = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"
-            )
-            for i, row in zip(chosen, nats.double().sum(dim=1).tolist(), strict=True):
+            told = labels != IGNORED  # the scores of the prompt are not looked at
+            logits = model(**batch).logits[:, :-1][told].float()
+            nats = torch.nn.functional.cross_entropy(logits, labels[told], reduction="none")
+            sums = torch.zeros(len(chosen), dtype=torch.float64)
+            sums.index_add_(0, told.nonzero()[:, 0].cpu(), nats.double().cpu())
+            for i, row in zip(chosen, sums.tolist(), strict=True):
                 bits[i] = row / math.log(2)
     return bits
 
