@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ def key(model: torch.nn.Module, rows: Iterable[Mapping], settings: Mapping[str, 
         32 hexadecimal digits. Equal models, rows and settings give equal digits on every machine.
     """
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{_plain(name)} {parameter.requires_grad} {tuple(parameter.shape)}".encode())
-        data = parameter.data.cpu().contiguous()
+    for name, tensor in _held(model):
+        digest.update(f"{_plain(name)} {tensor.requires_grad} {tuple(tensor.shape)}".encode())
+        data = tensor.data.cpu().contiguous()
         digest.update(data.view(-1).view(torch.uint8).numpy().tobytes())
     for row in rows:
         digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
@@ -154,6 +154,23 @@ def same(first: Path, second: Path) -> bool:
             and json.loads(a.metadata()["run"])["losses"]
             == json.loads(b.metadata()["run"])["losses"]
         )
+
+
+def _held(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All numbers of a model: parameters, codes and scales held as buffers, bitsandbytes' scales.
+
+    Not the rotary frequencies, which are computed from the configuration, on each CPU its own way.
+    """
+    yield from model.named_parameters()
+    yield from ((name, b) for name, b in model.named_buffers() if "inv_freq" not in name)
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # the scales, and with double quantization the scales' scales
+            name += ".quant_state"
+            yield name, state.absmax
+            if state.offset is not None:
+                yield f"{name}.offset", state.offset.reshape(1)
+            state = state.state2
 
 
 def _plain(name: str) -> str:

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors import safe_open
 from tiny_model import tiny_model, tiny_tokenizer
 
-from qlora_lab import recorded
+from qlora_lab import QLoRALinear, quantize_4bit, recorded
 from qlora_lab.errors import InputError
 from qlora_lab.orders import make_rows
 from qlora_lab.training import attach_adapter, train
@@ -87,6 +88,21 @@ def test_another_run_is_trained(kept, monkeypatch, changes):
         changes = {"model": model}
     run, _ = again(kept, monkeypatch, **changes)
     assert run.recorded is None
+
+
+def test_scales_and_codes_count_wherever_they_are_held():
+    """Equal codes with other scales, or codes held as buffers, are another model."""
+    keys = set()
+    ones = torch.ones(64, 64)
+    for weight, double in ((ones, False), (2 * ones, False), (ones, True)):
+        torch.manual_seed(0)  # the same adapter beside each
+        layer = QLoRALinear(quantize_4bit(weight, double_quant=double), r=2, alpha=4)
+        keys.add(recorded.key(layer, [], {}))
+    for double in (False, True):
+        theirs = bnb.nn.Linear4bit(64, 64, compress_statistics=double, quant_type="nf4")
+        theirs.load_state_dict({"weight": ones, "bias": torch.zeros(64)})
+        keys.add(recorded.key(theirs.to("cpu"), [], {}))
+    assert len(keys) == 5
 
 
 def test_without_fast_nothing_is_taken_from_the_record(kept, monkeypatch):
