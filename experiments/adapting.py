@@ -9,7 +9,8 @@ code of four digits; measured are the same two, on the codes that were trained, 
 else can be known of them.
 
 - `ranks`: both tasks at ranks 1 to 64 with alpha fixed, so that a first step promises the same at
-  every rank; then a short run on the orders under two other rules for alpha.
+  every rank; a short run on the orders under two other rules for alpha; rank 1 with more time, and
+  more codes with as many passes over each.
 - `where`: the same number of trained parameters on all layers, on the attention alone, on two of
   its matrices, on the MLP alone, and as a prefix. Seed 0 tries four or five learning rates for
   each, the other seeds take the best of them.
@@ -42,6 +43,8 @@ TASKS = {
     "orders": {"steps": 300, "batch_size": 4, "lr": 1e-3},
     "short orders": {"steps": 40, "batch_size": 4, "lr": 1e-3},
     "64 codes": {"steps": 80, "batch_size": 16, "lr": 1e-3},  # 20 passes over the codes
+    "128 codes": {"steps": 160, "batch_size": 16, "lr": 1e-3},  # and here, too
+    "256 codes": {"steps": 320, "batch_size": 16, "lr": 1e-3},
 }
 # What people hold fixed while they turn the rank.
 RULES = {
@@ -75,7 +78,8 @@ class Bench:
         train = [row for row in orders["train"] if one_item(row)]
         test = orders["pairs"].select(range(TEST_ROWS)).to_list()
         self.rows = {task: (train, test) for task in ("orders", "short orders")}
-        self.rows["64 codes"] = (memory_rows(64),) * 2
+        for count in (64, 128, 256):
+            self.rows[f"{count} codes"] = (memory_rows(count),) * 2
 
     def run(self, task: str, adapter: dict | None, seed: int, **changes) -> tuple[dict, list]:
         """Train once and measure: a plain record, and the loss of each step."""
@@ -148,6 +152,9 @@ def ranks(first: dict) -> Iterator[tuple[str, dict]]:
     # Does rank 1 lack room, or time? Four times as many passes tell.
     long = {"task": "64 codes", "adapter": {"r": 1, "alpha": ALPHA}, "steps": 320}
     yield "64 codes, r=1, four times as long", long
+    for task in ("128 codes", "256 codes"):
+        for r in (1, 4, 16):
+            yield f"{task}, r={r}", {"task": task, "adapter": {"r": r, "alpha": ALPHA}}
     for rule, alpha in RULES.items():
         for r in (1, 16, 64):
             adapter = {"r": r, "alpha": alpha(r)}
