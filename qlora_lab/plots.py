@@ -1365,6 +1365,10 @@ def bands(
                     textcoords="offset points", fontsize=9, ha="right")  # fmt: skip
     for axis in log:
         getattr(ax, f"set_{axis}scale")("log")
+    if "y" in log:  # 20, 50, 100 in place of powers of ten
+        ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
     marked = sorted({x for values in lines.values() for x in values})
     ax.set_xticks(marked, [f"{x:g}" for x in marked])
     ax.tick_params(which="minor", bottom=False)

@@ -43,6 +43,13 @@ def test_the_readers_point_and_the_level_are_named():
     assert all(name in named and name in figure.alt for name in ("yours", "chance"))
 
 
+def test_a_logarithmic_axis_has_plain_numbers():
+    figure = plots.bands({"orders": {1: [20], 16: [300]}}, "rank", "bits", log="xy")
+    figure.draw_without_rendering()
+    named = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert {"20", "50", "100", "200"} <= set(named)
+
+
 def test_every_seed_is_a_dot_and_the_bar_is_their_middle():
     lines = FIGURES["dots"]().axes[0].lines
     assert list(lines[0].get_xdata()) == [2, 2] and list(lines[1].get_xdata()) == [1, 2, 9]
