@@ -1323,7 +1323,7 @@ def bands(
     log: str = "x",
     point: tuple[float, float, str] | None = None,
     level: tuple[float, str] | None = None,
-    legend: str = "best",
+    legend: str | tuple[float, float] = "best",
 ) -> Figure:
     """Draw what was measured over seeds against a setting: the middle seed over the range of all.
 
@@ -1334,7 +1334,8 @@ def bands(
         log: "x", "y" or "xy" for logarithmic axes.
         point: A further measurement (setting, value, name), drawn as a star.
         level: A value and what it means, drawn as a thin dashed line across.
-        legend: Where the names stand, as matplotlib calls it.
+        legend: Where the names stand, as matplotlib calls it, or the place of their lower left
+            corner as shares of the axes.
 
     Returns:
         The figure. The settings of all lines are marked on the axis.
@@ -1371,7 +1372,7 @@ def bands(
         ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
     marked = sorted({x for values in lines.values() for x in values})
     ax.set_xticks(marked, [f"{x:g}" for x in marked])
-    ax.tick_params(which="minor", bottom=False)
+    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     ax.set_xlabel(horizontal)
     ax.set_ylabel(vertical)
     ax.margins(x=0.04)
