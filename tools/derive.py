@@ -48,24 +48,25 @@ def status_text() -> str:
         "|---|---:|---:|---|---|---|---|---|",
     ]
     known = [path for path in chapters() if path.stem in times]
-    for path in known:
+    for path in chapters():
         title = read(path).cells[0].source.split("\n", 1)[0].lstrip("# ")
-        run = times[path.stem]
-        versions = (run[name] for name in ("python", "torch", "transformers", "peft"))
+        run = times.get(path.stem)
+        took = f"{run['seconds']:.0f} s" if run else "–"
+        facts = ("date", "python", "torch", "transformers", "peft")
+        told = " | ".join(str(run[name]) for name in facts) if run else " | ".join("–" * len(facts))
         lines.append(
-            f"| [{title}](../notebooks/{path.name}) | {run['seconds']:.0f} s "
-            f"| {budget(path.stem)} s | {run['date']} "
-            f"| {' | '.join(versions)} |"
+            f"| [{title}](../notebooks/{path.name}) | {took} | {budget(path.stem)} s | {told} |"
         )
     cpus = sorted({times[path.stem]["cpus"] for path in known})
     total = sum(times[path.stem]["seconds"] for path in known)
     return "\n".join(
         [
             *lines,
-            f"| **all** | **{total:.0f} s** | {ALL} s | | | | | |",
+            f"| **all that are timed** | **{total:.0f} s** | {ALL} s | | | | | |",
             "",
             f"The times are those of a machine with {' or '.join(map(str, cpus))} processor cores",
-            "and no GPU.",
+            "and no GPU. A dash: the chapter was executed and compared, but not yet timed while",
+            "the machine had nothing else to do.",
             "",
         ]
     )
