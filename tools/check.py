@@ -5,9 +5,10 @@ code is 0 only when every step passed.
 
 - lint       ruff: errors, imports, format, in modules and notebooks
 - unit       the package against its references, and the tools
-- notebooks  every cell of every chapter again, compared with the stored output (nbval, strict)
-- other-cpu  the same as if on another processor (AVX2 kernels, one thread), with recorded training
-             runs in place of training: FAST is tested, and no run is trained twice in a round
+- notebooks  every cell of every chapter again, compared with the stored output (nbval, strict);
+             two chapters at a time, so with one thread each, where `make notebooks` has all
+- other-cpu  the same as if on another processor (AVX2 kernels), with recorded training runs in
+             place of training: FAST is tested, and no run is trained twice in a round
 - book       built from nothing, warnings are errors, pages counted
 - browser    the built book in Chromium: phone and desktop, light and dark
 
@@ -28,8 +29,9 @@ from pathlib import Path
 from tools import book
 from tools.notebooks import ROOT, chapters, kernel_environment
 
-OTHER_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-OTHER_CPU |= {"FAST": "quiet"}
+# Two processes with two threads each would fight for two cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+OTHER_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "FAST": "quiet"}
 WORKERS = min(2, os.cpu_count() or 1)
 BAR = 24  # characters of the longest bar in the closing table
 
@@ -48,8 +50,7 @@ def lint() -> bool:
 
 def unit() -> bool:
     """Run the tests of package and tools, on two processes."""
-    # One thread each: two processes with two threads each would fight for two cores.
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | ONE_THREAD
     return python(
         *("-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", "--durations", "10"),
         *("--ignore", "tests/book", "tests"),
@@ -57,23 +58,22 @@ def unit() -> bool:
     )
 
 
-def notebooks(extra: dict[str, str] | None = None, workers: int = 1) -> bool:
+def notebooks(extra: dict[str, str] | None = None) -> bool:
     """Run every cell of every chapter and compare with what is stored.
 
     Args:
         extra: Environment variables of the kernels.
-        workers: Chapters that run at the same time.
     """
     # A first import of matplotlib may say on stderr that it builds its font cache; do it here.
     python("-c", "import matplotlib.font_manager")
     with tempfile.TemporaryDirectory() as folder:
-        env = kernel_environment(Path(folder)) | (extra or {})
+        env = kernel_environment(Path(folder)) | ONE_THREAD | (extra or {})
         return python(
             *("-m", "pytest", "-q", "--nbval", "--nbval-current-env"),
             *("--nbval-sanitize-with", "tests/nbval_sanitize.cfg"),
             *("--nbval-cell-timeout", "900", "--durations", "5"),
             # loadscope: the cells of one chapter stay together and in order.
-            *(("-n", str(workers), "--dist", "loadscope") if workers > 1 else ()),
+            *("-n", str(WORKERS), "--dist", "loadscope"),
             *(str(path.relative_to(ROOT)) for path in chapters()),
             env=env,
         )
@@ -81,7 +81,7 @@ def notebooks(extra: dict[str, str] | None = None, workers: int = 1) -> bool:
 
 def other_cpu() -> bool:
     """Run the chapters with what stands in for another processor."""
-    return notebooks(OTHER_CPU, WORKERS)  # one thread each, so two at a time
+    return notebooks(OTHER_CPU)
 
 
 def pages() -> bool:
