@@ -29,6 +29,7 @@ SCRIPTS = (
     "footprint",
     "adapter_path",
     "loftq_on_cpu",
+    "fsdp_on_cpu",
 )
 
 
