@@ -19,11 +19,11 @@ BOOK_RUN := $(BOOK_ENV)/bin/python
 INSTALL := $(PYTHON) tools/environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book test run notebooks lab bench gpu set-url lock env env-book clean distclean
+.PHONY: help book test run notebooks experiments lab bench gpu set-url lock env env-book clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
-	  while IFS="$$(printf '\t')" read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+	  while IFS="$$(printf '\t')" read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
 
 book: env-book ## build the web book; on a terminal, serve it (PORT=8000)
 	@$(BOOK_RUN) -m tools.book --port "$(PORT)" $(ARGS)
@@ -36,6 +36,9 @@ run: env ## fine-tune the embedded model with QLoRA, before and after (ARGS="--h
 
 notebooks: env ## execute all notebooks again and store their outputs (ARGS="04")
 	@CUDA_VISIBLE_DEVICES= $(RUN) -m tools.run_notebooks $(ARGS)
+
+experiments: env ## make the recorded results that are missing (ARGS="--list")
+	@CUDA_VISIBLE_DEVICES= $(RUN) -m experiments $(ARGS)
 
 lab: env ## open the notebooks in JupyterLab
 	@$(INSTALL) $(ENV) requirements-lab.txt
