@@ -167,7 +167,7 @@ def fp4() -> tuple[float, ...]:
 def dynamic_map() -> tuple[float, ...]:
     """Build the signed dynamic 8-bit map, which holds double quantization's scales.
 
-    Seven decades, 1e-6 to 1, and in each decade twice as many evenly spaced values as in the one
+    Seven decades, 1e-7 to 1, and in each decade twice as many evenly spaced values as in the one
     below: fine near 1, coarse near 0. The paper calls its scales FP8; this is not E4M3.
 
     Returns:

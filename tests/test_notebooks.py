@@ -166,6 +166,32 @@ def states_no_run_time(notebook):
     return [] if stated else ["the first cell does not say `run: about 15 seconds`"]
 
 
+def is_not_built_like_a_chapter(notebook):
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    text = re.sub(r"^```.*?^```", "", "\n\n".join(sources), flags=re.DOTALL | re.MULTILINE)
+    opening = ("After this chapter you can", "**You need**", "**Time**", "**Hardware**")
+    problems = [f"the opening lacks {part!r}" for part in opening if part not in sources[0]]
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    numbers = [int(found[1]) for h in headings if (found := re.match(r"(\d+) ", h))]
+    if numbers != list(range(1, len(numbers) + 1)) or not numbers:
+        problems.append(f"sections are numbered {numbers}")
+    if headings[-2:] != ["Summary", "Further reading"]:
+        problems.append(f"ends with {headings[-2:]}, not with summary and further reading")
+    summary, _, reading = text.partition("## Summary")[2].partition("## Further reading")
+    said = len(re.findall(r"^\d\. ", summary, re.MULTILINE))
+    if not 3 <= said <= 7:
+        problems.append(f"the summary has {said} points, not 3 to 7")
+    readings = len(re.findall(r"^- ", reading, re.MULTILINE))
+    if readings not in (2, 3):
+        problems.append(f"{readings} further readings, not 2 or 3")
+    if not any("plots.spine(" in cell.source for cell in code_cells(notebook)):
+        problems.append("no cell draws the spine")
+    asked, folded = text.count("**Predict"), text.count("<details>")
+    if asked < 2 or folded < asked:
+        problems.append(f"{asked} predictions, {folded} folded answers")
+    return problems
+
+
 def is_not_clean(notebook):
     return [] if clean(copy.deepcopy(notebook)) == notebook else ["not as tools.notebooks.write"]
 
@@ -182,6 +208,7 @@ RULES = [
     lacks_bootstrap,
     needs_more_than_colab,
     states_no_run_time,
+    is_not_built_like_a_chapter,
     is_not_clean,
 ]
 
@@ -199,6 +226,32 @@ def test_every_notebook_is_a_chapter_of_the_book():
     assert listed == [path.relative_to(ROOT).with_suffix("").as_posix() for path in CHAPTERS]
 
 
+OPENING = """# Chapter
+
+After this chapter you can
+
+- draw a line.
+
+| | |
+|---|---|
+| **You need** | a pen |
+| **Time** | read: about 5 minutes; run: about 10 seconds |
+| **Hardware** | any |
+"""
+ANSWER = "**Predict.** What?\n\n<details>\n<summary>Open</summary>\nThat.\n</details>\n\n"
+ENDING = """## Summary
+
+1. A line rises.
+2. Then it falls.
+3. It was drawn.
+
+## Further reading
+
+- One.
+- Two.
+"""
+
+
 # The rules can fail: a good notebook breaks none, and each planted fault is found by its rule.
 
 
@@ -211,11 +264,15 @@ def good_notebook():
     )
     notebook = v4.new_notebook(
         cells=[
-            v4.new_markdown_cell("# Chapter\n\nRead: 5 minutes · run: about 10 seconds"),
+            v4.new_markdown_cell(OPENING),
             v4.new_code_cell("x = 1", execution_count=2),
-            v4.new_markdown_cell("Set $\\frac{a}{b}$ and `{x}`. ![A bell curve](bell.png)"),
+            v4.new_markdown_cell(
+                "## 1 A line\n\nSet $\\frac{a}{b}$ and `{x}`. ![A bell curve](bell.png)\n\n"
+                + 2 * ANSWER
+            ),
+            v4.new_markdown_cell(ENDING),
             v4.new_code_cell(
-                "plot(x)",
+                "plots.show(plots.spine())",
                 execution_count=3,
                 outputs=[picture, v4.new_output("stream", name="stdout", text="1 / 2 = 0.5\n")],
             ),
@@ -265,6 +322,27 @@ FAULTS = {
         lambda n: last(n).update(source="from myst_nb import glue"),
     ),
     "no run time": (states_no_run_time, lambda n: n.cells[0].update(source="# Chapter")),
+    "no opening": (
+        is_not_built_like_a_chapter,
+        lambda n: n.cells[0].update(source=OPENING.replace("**You need**", "Needs")),
+    ),
+    "sections out of order": (
+        is_not_built_like_a_chapter,
+        lambda n: n.cells.insert(4, nbformat.v4.new_markdown_cell("## 3 A\n\n## 2 B")),
+    ),
+    "summary not at the end": (
+        is_not_built_like_a_chapter,
+        lambda n: n.cells.append(nbformat.v4.new_markdown_cell("## 2 A")),
+    ),
+    "long summary": (
+        is_not_built_like_a_chapter,
+        lambda n: n.cells[4].update(source=ENDING.replace("1. A", "1. A\n" * 5 + "1. A")),
+    ),
+    "no spine": (is_not_built_like_a_chapter, lambda n: last(n).update(source="plot(x)")),
+    "one prediction": (
+        is_not_built_like_a_chapter,
+        lambda n: n.cells[3].update(source="## 1 A\n\n" + ANSWER),
+    ),
     "machine metadata": (is_not_clean, lambda n: n.metadata.language_info.update(version="3.11.7")),
 }
 
