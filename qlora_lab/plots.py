@@ -882,7 +882,9 @@ def loss_curve(
         if bands and name in bands:
             low, high = bands[name]
             steps = [every * (s + 1) for s in range(len(low))]
-            ax.fill_between(steps, low, high, color=_washed(color, 0.65), linewidth=0)
+            label = "recorded runs" if name == next(iter(bands)) else None
+            washed = _washed(color, 0.65)
+            ax.fill_between(steps, low, high, color=washed, linewidth=0, label=label)
         if name not in losses:
             continue
         values = [float(v) for v in losses[name]]

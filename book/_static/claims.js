@@ -67,7 +67,8 @@
       const note = document.createElement("p");
       note.className = `claim-mark ${right ? "right" : "wrong"}`;
       note.textContent = `Before chapter 1 you said: ${WORDS[mark.belief]} (${SURE[mark.sure]}).`;
-      anchor.closest("p").after(note);
+      const place = anchor.closest("p");  // an anchor stands in a line of its own before its claim
+      (place.nextElementSibling ?? place).after(note);
     }
     const place = document.getElementById("your-marks");
     if (place && rows.length) {
