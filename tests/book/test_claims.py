@@ -15,7 +15,8 @@ def test_every_claim_is_asked_and_none_answered(reading):
         assert len(fields) == len(CLAIMS) >= 30
         for field, claim in zip(fields, CLAIMS, strict=True):
             assert claim["claim"] in field.inner_text()
-        assert "verdict" not in reader.page.content()
+        assert "data-verdict" not in reader.page.content()
+        assert "verdict" not in reader.page.inner_html("form.pretest")
 
 
 def test_marks_are_kept_and_met_again(reading):

@@ -33,7 +33,8 @@ def test_page(name, reading):
                 reader.page.set_viewport_size(size)
                 assert reader.page.evaluate("probes.width()") == [], f"wider than a {label}"
                 found = reader.page.evaluate("probes.contrast()")
-                assert found["count"] > 5
+                # On a phone a search page without a query shows its heading and footer alone.
+                assert found["count"] > (2 if name == "search.html" else 5)
                 assert found["problems"] == [], f"{mode}, {label}"
             assert reader.outside == [], "fetched from somebody else's server"
             assert reader.failed == []
