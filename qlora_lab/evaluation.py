@@ -85,11 +85,16 @@ def generate(
         The continuations, without special tokens, in the order of the prompts.
 
     Raises:
-        InputError: If a prompt is empty or leaves no room in the model's context.
+        InputError: If a prompt is empty or leaves no room in the model's context, or a bound
+            or the batch size is below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size} is not possible; give a whole number from 1 on")
     encoded = [_encode_prompt(tokenizer, text) for text in prompts]
     one_bound = isinstance(max_new_tokens, int)
     bounds = [max_new_tokens] * len(encoded) if one_bound else list(max_new_tokens)
+    if min(bounds, default=1) < 1:
+        raise InputError(f"max_new_tokens {min(bounds)} leaves nothing to write; give 1 or more")
     order = sorted(range(len(encoded)), key=lambda i: (bounds[i], len(encoded[i])), reverse=True)
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -342,9 +347,11 @@ def text_bits(
         Bits of each text. Divide their sum by the bytes of the texts for bits per byte.
 
     Raises:
-        InputError: If a text is empty, the stride does not leave room, or the context is longer
-            than the model's.
+        InputError: If a text is empty, the stride does not leave room, the context is longer than
+            the model's, or the batch size is below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size} is not possible; give a whole number from 1 on")
     _check_windows(model, context, stride)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     windows = []
@@ -378,6 +385,8 @@ def bits_per_byte(
     Returns:
         All bits divided by all bytes. Comparable between tokenizers and with `xz`.
     """
+    if not texts:
+        raise InputError("there is no text to measure; give one or more")
     bits = text_bits(model, tokenizer, texts, context, stride, batch_size)
     return sum(bits) / sum(len(text.encode("utf-8")) for text in texts)
 

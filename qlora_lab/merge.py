@@ -252,8 +252,10 @@ def answer_bits(
         given the prompt. Divided by the answer's bytes it is comparable with `bits_per_byte`.
 
     Raises:
-        InputError: A row cannot be encoded.
+        InputError: A row cannot be encoded, or the batch size is below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size} is not possible; give a whole number from 1 on")
     encoded = [encode(tokenizer, row["text"], row["answer"]) for row in rows]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["labels"]))
     collate = collator(tokenizer)

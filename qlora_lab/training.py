@@ -181,7 +181,7 @@ def attach_adapter(
 
     Raises:
         InputError: If the rank is not between 1 and the smallest layer dimension, the dropout is
-            no probability, or no layer has the names asked for.
+            no probability, alpha is not above 0, or no layer has the names asked for.
 
     Source:
         Hu et al. 2021 (LoRA), section 4; Dettmers et al. 2023 (QLoRA), section 4: all layers.
@@ -189,6 +189,8 @@ def attach_adapter(
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     check_adapter(model, r, dropout)
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise InputError(f"alpha {alpha} is not allowed: give a finite number above 0")
     if getattr(model, "is_quantized", False):
         # It freezes the base and holds norms, embedding and head in float32 for stability.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -205,7 +207,11 @@ def attach_adapter(
         with quiet():
             return get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"no layer can be adapted by targets={targets!r}; see model") from error
+        linear = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise InputError(
+            f"no layer can be adapted by targets={targets!r}; the linear layers are {names}"
+        ) from error
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -530,6 +536,11 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+
+
 def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
     """Choose the learning rate and alpha that suit a base.
 
@@ -542,9 +553,15 @@ def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
         The learning rate and alpha: tuned ones for the embedded model, those of the paper for
         any other.
 
+    Raises:
+        InputError: The method is unknown, or the rank is below 1.
+
     Source:
         Dettmers et al. 2023 (QLoRA), appendix B.2: 2e-4 and alpha 16 for 7B and 13B.
     """
+    _check_method(method)
+    if r < 1:
+        raise InputError(f"rank {r} is not possible; give a whole number from 1 on")
     if portable_name(EMBEDDED if name is None else name) == EMBEDDED:
         return LEARNING_RATE[method], ALPHA_OVER_R * r
     return PAPER_LEARNING_RATE[method], PAPER_ALPHA
@@ -608,8 +625,7 @@ def finetune(
         InputError: If an argument is out of range, or `output` holds anything that this run is not
             resuming; in both cases before anything is measured or written.
     """
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+    _check_method(method)
     full = method == "full"
     usual_lr, usual_alpha = recipe(name, method, r)
     lr = usual_lr if lr is None else lr

@@ -12,6 +12,7 @@ from tiny_model import learn_by_heart, tiny_model, tiny_tokenizer
 
 from qlora_lab import data, evaluation, orders
 from qlora_lab.errors import InputError
+from qlora_lab.merge import answer_bits
 
 ORDER = {"name": "Anna", "items": [{"count": 2, "size": "large", "item": "tea", "with": ["mint"]}]}
 
@@ -138,6 +139,8 @@ def test_bad_prompts(tokenizer):
         evaluation.generate(model, tokenizer, [""])
     with pytest.raises(InputError, match="context of 128"):
         evaluation.generate(model, tokenizer, ["# a\n"], max_new_tokens=127)
+    with pytest.raises(InputError, match="max_new_tokens 0"):
+        evaluation.generate(model, tokenizer, ["# a\n"], max_new_tokens=0)
     assert evaluation.generate(model, tokenizer, [], 5) == []
 
 
@@ -287,9 +290,23 @@ def test_bad_windows(tokenizer, context, stride, message):
         evaluation.bits_per_byte(tiny_model(context=128), tokenizer, ["x"], context, stride)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(tokenizer, batch_size):
+    model = tiny_model(context=128)
+    for measure in (
+        lambda: evaluation.generate(model, tokenizer, ["# a\n"], batch_size=batch_size),
+        lambda: evaluation.text_bits(model, tokenizer, ["x"], 64, 32, batch_size),
+        lambda: answer_bits(model, tokenizer, [{"text": "a", "answer": "b"}], batch_size),
+    ):
+        with pytest.raises(InputError, match="batch_size .* from 1 on"):
+            measure()
+
+
 def test_empty_texts_are_refused(tokenizer):
     with pytest.raises(InputError, match="text 1 is empty"):
         evaluation.bits_per_byte(tiny_model(), tokenizer, ["x", ""], 64, 32)
+    with pytest.raises(InputError, match="no text to measure"):
+        evaluation.bits_per_byte(tiny_model(), tokenizer, [], 64, 32)
 
 
 # --- intervals -------------------------------------------------------------------------------

@@ -148,6 +148,19 @@ def test_the_recipe_is_the_tuned_one_for_the_embedded_model_only(base):
     assert (settings["lr"], settings["alpha"]) == (2e-4, 16)
 
 
+def test_a_recipe_for_nothing_is_refused():
+    with pytest.raises(InputError, match="'foo' is unknown; choose from qlora"):
+        training.recipe(None, "foo", 4)
+    with pytest.raises(InputError, match="rank 0"):
+        training.recipe(None, "qlora", 0)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan")])
+def test_an_adapter_that_adds_nothing_is_refused(base, alpha):
+    with pytest.raises(InputError, match="alpha .* above 0"):
+        attach_adapter(load_model(base, bits=16).model, r=2, alpha=alpha)
+
+
 def test_targets_choose_layers(base):
     model = attach_adapter(load_model(base).model, r=2, targets=["q_proj", "v_proj"])
     adapted = {n.split(".")[-1] for n, m in model.named_modules() if hasattr(m, "lora_A")}
@@ -717,7 +730,7 @@ def test_a_frozen_model_is_not_trained(base):
 
 
 def test_unknown_targets_are_refused(base):
-    with pytest.raises(InputError, match="query_key"):
+    with pytest.raises(InputError, match="query_key.*linear layers are down_proj, gate_proj"):
         attach_adapter(load_model(base, bits=16).model, r=2, targets=["query_key"])
 
 
