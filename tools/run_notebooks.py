@@ -126,7 +126,7 @@ def state(notebook: nbformat.NotebookNode, seconds: float) -> bool:
     before = stated_seconds(opening.source)
     if before is None:
         return False
-    if not before / 1.5 <= seconds <= before * 1.1:
+    if not before / 1.2 <= seconds <= before * 1.1:
         opening.source = RUN_TIME.sub(lambda m: m[1] + rounded(seconds), opening.source, count=1)
     return True
 
