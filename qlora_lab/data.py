@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, texts_of
 from qlora_lab.orders import GRADES
 
 if TYPE_CHECKING:
@@ -182,7 +182,9 @@ def encode_rows(
     if too_long not in TOO_LONG:
         raise InputError(f"too_long={too_long!r} is unknown; choose from {', '.join(TOO_LONG)}")
     room = max_length if too_long == "raise" else 2**31
-    encoded = [encode(tokenizer, row["text"], row["answer"], room) for row in rows]
+    encoded = [encode(tokenizer, *texts_of(row, "text", "answer"), room) for row in rows]
+    if not encoded:
+        raise InputError("there are no rows; give one or more")
     kept = [row for row in encoded if len(row["input_ids"]) <= max_length]
     if not kept:
         raise InputError(f"no row is left of {len(encoded)} at max_length {max_length}; raise it")

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from qlora_lab.data import prompt
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, texts_of, whole
 from qlora_lab.orders import MODIFIERS, NUMBERS, SIZES, to_json
 
 if TYPE_CHECKING:
@@ -88,13 +88,12 @@ def generate(
         InputError: If a prompt is empty or leaves no room in the model's context, or a bound
             or the batch size is below 1.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size} is not possible; give a whole number from 1 on")
+    whole("batch_size", batch_size)
     encoded = [_encode_prompt(tokenizer, text) for text in prompts]
     one_bound = isinstance(max_new_tokens, int)
     bounds = [max_new_tokens] * len(encoded) if one_bound else list(max_new_tokens)
-    if min(bounds, default=1) < 1:
-        raise InputError(f"max_new_tokens {min(bounds)} leaves nothing to write; give 1 or more")
+    for bound in bounds:
+        whole("max_new_tokens", bound)
     order = sorted(range(len(encoded)), key=lambda i: (bounds[i], len(encoded[i])), reverse=True)
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -307,7 +306,9 @@ def evaluate_orders(
     Returns:
         The `Score` of each grade.
     """
-    rows = [(grade, row["text"], row["answer"]) for grade, part in grades.items() for row in part]
+    rows = [
+        (grade, *texts_of(row, "text", "answer")) for grade, part in grades.items() for row in part
+    ]
     prompts = [make_prompt(text) for _, text, _ in rows]
     bounds = [SPARE_TOKENS + len(_ids(tokenizer, answer)) for _, _, answer in rows]
     predictions = generate(model, tokenizer, prompts, bounds, batch_size, must_start="{")
@@ -350,8 +351,7 @@ def text_bits(
         InputError: If a text is empty, the stride does not leave room, the context is longer than
             the model's, or the batch size is below 1.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size} is not possible; give a whole number from 1 on")
+    whole("batch_size", batch_size)
     _check_windows(model, context, stride)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     windows = []

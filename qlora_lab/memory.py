@@ -48,7 +48,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, whole
 from qlora_lab.lora import find_targets
 from qlora_lab.paged_optimizer import is_paged
 
@@ -925,8 +925,7 @@ def _check(
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer {optimizer!r} is unknown: give {' or '.join(OPTIMIZERS)}")
     for name, value, least in (("r", r, 1), ("batch", batch, 0), ("sequence", sequence, 1)):
-        if not isinstance(value, int) or value < least:
-            raise InputError(f"{name} {value} is not possible: give a whole number from {least} on")
+        whole(name, value, least)
     if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise InputError(f"blocksize {blocksize} is not possible: give a power of 2, 32 to 4096")
     if not 0 <= dropout < 1:

@@ -34,7 +34,7 @@ from torch import nn
 
 from qlora_lab.blockwise import dequantize_4bit
 from qlora_lab.data import IGNORED, collator, encode
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, texts_of, whole
 from qlora_lab.evaluation import evaluating
 from qlora_lab.loading import four_bit_layers, load_model, quiet
 from qlora_lab.lora import find_targets
@@ -254,9 +254,8 @@ def answer_bits(
     Raises:
         InputError: A row cannot be encoded, or the batch size is below 1.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size} is not possible; give a whole number from 1 on")
-    encoded = [encode(tokenizer, row["text"], row["answer"]) for row in rows]
+    whole("batch_size", batch_size)
+    encoded = [encode(tokenizer, *texts_of(row, "text", "answer")) for row in rows]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["labels"]))
     collate = collator(tokenizer)
     bits = [0.0] * len(encoded)

@@ -39,7 +39,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, whole
 
 PAGED_FROM = 100_000
 """Elements from which bitsandbytes puts a parameter's optimizer state into unified memory."""
@@ -88,7 +88,7 @@ def state_pages(
     Raises:
         InputError: `page_bytes` is not positive.
     """
-    _at_least("page_bytes", page_bytes, 1)
+    whole("page_bytes", page_bytes, 1)
     moments = (2 * -(-n * bytes_per_element // page_bytes) for n in numels if is_paged(n))
     return sum(moments)
 
@@ -104,7 +104,7 @@ class PageCache:
     """
 
     def __init__(self, room: int):
-        _at_least("room", room, 0)
+        whole("room", room, 0)
         self.room = room
         self.evicted = 0
         self._on_device: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -155,7 +155,7 @@ class PageCache:
         Raises:
             InputError: `room` is negative.
         """
-        _at_least("room", room, 0)
+        whole("room", room, 0)
         self.room = room
         return self._shrink_to(room)
 
@@ -299,9 +299,9 @@ def simulate(
         "steps": steps,
         "page_bytes": page_bytes,
     }.items():
-        _at_least(name, value, 1)
+        whole(name, value, 1)
     for name, value in {"peak": peak, "prefetch": prefetch}.items():
-        _at_least(name, value, 0)
+        whole(name, value, 0)
     if not bandwidth > 0:
         raise InputError(f"bandwidth {bandwidth} is not possible: give bytes per second above 0")
     if fault_seconds < 0:
@@ -342,9 +342,3 @@ def simulate(
             )
         )
     return Simulation(pages, room, peak, tuple(records))
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    """Refuse a number below what makes sense, naming it."""
-    if value < least:
-        raise InputError(f"{name} {value} is not possible: give {least} or more")

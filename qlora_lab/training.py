@@ -27,6 +27,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_lab import distributed, recorded
 from qlora_lab.data import collator, encode_rows, load_orders
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, above_zero, whole
 from qlora_lab.evaluation import Score, evaluate_orders
 from qlora_lab.loading import (
     EMBEDDED,
@@ -188,9 +189,8 @@ def attach_adapter(
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    check_adapter(model, r, dropout)
-    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
-        raise InputError(f"alpha {alpha} is not allowed: give a finite number above 0")
+    alpha = ALPHA_OVER_R * r if alpha is None else alpha
+    check_adapter(model, r, alpha, dropout)
     if getattr(model, "is_quantized", False):
         # It freezes the base and holds norms, embedding and head in float32 for stability.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -198,7 +198,7 @@ def attach_adapter(
         recompute_activations(model)
     config = LoraConfig(
         r=r,
-        lora_alpha=ALPHA_OVER_R * r if alpha is None else alpha,
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
@@ -228,12 +228,13 @@ def recompute_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def check_adapter(model: torch.nn.Module, r: int, dropout: float = 0.0) -> None:
-    """Refuse a rank or a dropout that no adapter of this model can have.
+def check_adapter(model: torch.nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
+    """Refuse a rank, an alpha or a dropout that no adapter of this model can have.
 
     Args:
         model: The base.
         r: Rank, 1 to the smallest dimension of a linear layer; above it nothing is gained.
+        alpha: Scale, above 0: at 0 the adapter adds nothing and learns nothing.
         dropout: A probability, 0 to less than 1.
 
     Raises:
@@ -244,10 +245,10 @@ def check_adapter(model: torch.nn.Module, r: int, dropout: float = 0.0) -> None:
         for name, m in model.named_modules()
         if hasattr(m, "in_features") and "lm_head" not in name
     )
-    if not 1 <= r <= smallest:
-        raise InputError(f"rank {r} is not possible; choose 1 to {smallest}, the narrowest layer")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout {dropout} is not possible; choose 0 to less than 1")
+    whole("rank", r, 1, smallest)
+    above_zero("alpha", alpha)
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout!r} is not possible; choose 0 to less than 1")
 
 
 def train(
@@ -424,14 +425,13 @@ def order_of_rows(lengths: Sequence[int], batch_size: int, steps: int, seed: int
 def _check_numbers(
     steps: int, batch_size: int, accumulation: int, lr: float, seed: int, save_every: int | None
 ) -> None:
-    positive = {"steps": steps, "batch_size": batch_size, "accumulation": accumulation, "lr": lr}
+    whole("steps", steps)
+    whole("batch_size", batch_size)
+    whole("accumulation", accumulation)
+    above_zero("lr", lr)
+    whole("seed", seed, 0, 2**32 - 1)
     if save_every is not None:
-        positive["save_every"] = save_every
-    for name, value in positive.items():
-        if not 0 < value < float("inf"):
-            raise InputError(f"{name}={value} is not possible; choose a number above 0")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed={seed} is not possible; choose 0 to {2**32 - 1}")
+        whole("save_every", save_every)
 
 
 def _check_optimizer(optim: str) -> None:
@@ -536,11 +536,6 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
-
-
 def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
     """Choose the learning rate and alpha that suit a base.
 
@@ -559,9 +554,9 @@ def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
     Source:
         Dettmers et al. 2023 (QLoRA), appendix B.2: 2e-4 and alpha 16 for 7B and 13B.
     """
-    _check_method(method)
-    if r < 1:
-        raise InputError(f"rank {r} is not possible; give a whole number from 1 on")
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+    whole("rank", r)
     if portable_name(EMBEDDED if name is None else name) == EMBEDDED:
         return LEARNING_RATE[method], ALPHA_OVER_R * r
     return PAPER_LEARNING_RATE[method], PAPER_ALPHA
@@ -625,7 +620,6 @@ def finetune(
         InputError: If an argument is out of range, or `output` holds anything that this run is not
             resuming; in both cases before anything is measured or written.
     """
-    _check_method(method)
     full = method == "full"
     usual_lr, usual_alpha = recipe(name, method, r)
     lr = usual_lr if lr is None else lr
@@ -650,7 +644,7 @@ def finetune(
     model, tokenizer, report = loaded
     say(str(report))
     if not full:
-        check_adapter(model, r, dropout)
+        check_adapter(model, r, alpha, dropout)
     orders = load_orders() if rows is None or tests is None else {}
     rows = orders["train"] if rows is None else rows
     tests = {grade: orders[grade] for grade in GRADES} if tests is None else tests
