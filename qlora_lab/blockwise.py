@@ -31,6 +31,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -38,10 +39,11 @@ from torch import Tensor
 
 from qlora_lab import _kernels, codebooks
 from qlora_lab.double_quant import QuantizedAbsmax, dequantize_absmax, quantize_absmax
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, shown
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NOT_FINITE = "weight holds NaN or infinity: one such value ruins its block; clean it"
 TINY = 1e-38  # the smallest magnitude a block is scaled by, so that no reciprocal overflows
 COMPILE_FROM = 2**24  # weights from which compiling, once a process, is worth its seconds
 _CHUNK = 2**19  # weights handled at a time: what fits a core's cache; a multiple of any blocksize
@@ -146,13 +148,17 @@ class QuantizedTensor:
         Raises:
             InputError: If the file was not written by `QuantizedTensor.save`.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if "quantized_tensor" not in metadata:
-                raise InputError(f"{path} was not written by QuantizedTensor.save")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path} cannot be read ({reason})") from None
+        if "quantized_tensor" not in metadata:
+            raise InputError(f"{path} was not written by QuantizedTensor.save")
         header = json.loads(metadata["quantized_tensor"])
         name = header["codebook"]
         absmax = tensors.get("absmax")
@@ -217,11 +223,14 @@ def quantize_4bit(
         `bitsandbytes.functional.quantize_4bit`.
     """
     name, values = _resolve(codebook, most=16)
-    _check(weight, blocksize)
+    _check(weight)
+    check_blocksize(blocksize)
+    if not isinstance(double_quant, bool):
+        raise InputError(f"double_quant={shown(double_quant)}: use True or False")
     flat = weight.detach().reshape(-1)
     packed, absmax = _quantize_flat(flat, blocksize, values, compiled)
     if not torch.isfinite(absmax).all():
-        raise InputError("weight holds NaN or infinity: one such value ruins its block; clean it")
+        raise InputError(NOT_FINITE)
     scales = quantize_absmax(absmax) if double_quant else absmax
     return QuantizedTensor(packed, scales, weight.shape, weight.dtype, blocksize, name)
 
@@ -241,14 +250,16 @@ def dequantize_4bit(
         A tensor of the original shape, on the same device.
 
     Raises:
-        InputError: If `dtype` is none of these three.
+        InputError: If `dtype` is none of these three, or `quantized` something else.
 
     Source:
         Dettmers et al., "QLoRA", section 2, equation 2 and section 3, equation 6.
     """
+    if not isinstance(quantized, QuantizedTensor):
+        raise InputError(f"{shown(quantized)} is no QuantizedTensor; give what quantize_4bit gave")
     dtype = quantized.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype}: dequantize to float32, float16 or bfloat16")
+        raise InputError(f"dtype={dtype!r}: dequantize to float32, float16 or bfloat16")
     weights = quantized.shape.numel()
     flat = _dequantize_flat(
         quantized.packed,
@@ -283,12 +294,12 @@ def fake_quantize(
         InputError: As `quantize_4bit`.
     """
     _, values = _resolve(codebook, most=256)
-    _check(weight, blocksize if blocksize is not None else BLOCKSIZES[0])
+    _check(weight)
+    if blocksize is not None:
+        check_blocksize(blocksize)
     flat = weight.detach().reshape(-1)
     size = flat.numel() if blocksize is None else blocksize
     codes, absmax = quantize_codes(flat, size, values)
-    if not torch.isfinite(absmax).all():
-        raise InputError("weight holds NaN or infinity: one such value ruins its block; clean it")
     levels = _tensor(tuple(sorted(values)), weight.device)
     restored = levels[codes.int()] * absmax.repeat_interleave(size)[: flat.numel()]
     return restored.to(weight.dtype).view(weight.shape)
@@ -298,14 +309,30 @@ def quantize_codes(flat: Tensor, blocksize: int, values: Sequence[float]) -> tup
     """Find each weight's nearest codebook value: steps 2 to 4, readable.
 
     Args:
-        flat: floating point, shape (weights,).
-        blocksize: Weights per scale.
+        flat: floating point, shape (weights,), all values finite.
+        blocksize: Weights per scale: a power of two, or all of them.
         values: 2 to 256 codebook values, in any order.
 
     Returns:
         The codes, uint8 of shape (weights,), as indices into the *sorted* values; the scales,
         float32 of shape (ceil(weights / blocksize),).
+
+    Raises:
+        InputError: If the weights are no vector of numbers, empty or not finite; if the block size
+            or the values are none of the above.
     """
+    needs("tensor", flat, "flat")
+    if flat.dim() != 1 or flat.numel() == 0 or not flat.is_floating_point():
+        shape = tuple(flat.shape)
+        raise InputError(f"weights of shape {shape}, {flat.dtype}: give a vector of real numbers")
+    weights = flat.numel()
+    usual = isinstance(blocksize, Integral) and blocksize > 1 and not blocksize & (blocksize - 1)
+    if not usual and (blocksize != weights or isinstance(blocksize, float)):
+        raise InputError(
+            f"blocksize={shown(blocksize)}: use a power of two, as all kernels do, or {weights} for a "
+            "single scale"
+        )
+    values = codebooks.numbers(values)
     flat = flat.float()
     full = flat.numel() // blocksize * blocksize
     blocks, rest = flat[:full].view(-1, blocksize), flat[full:]
@@ -317,7 +344,9 @@ def quantize_codes(flat: Tensor, blocksize: int, values: Sequence[float]) -> tup
         # Divided, where the full blocks are multiplied: bitsandbytes does so, and at a midpoint
         # the reciprocal's rounding error decides between two codes.
         scaled = torch.cat([scaled, rest / last])
-    borders = _borders(tuple(values), flat.device)
+    if not torch.isfinite(absmax).all():
+        raise InputError(NOT_FINITE)
+    borders = _borders(values, flat.device)
     # bucketize counts the borders strictly below a value, so a tie takes the lower code.
     return torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8), absmax
 
@@ -448,18 +477,33 @@ def _resolve(
     if isinstance(codebook, str):
         name, values = codebook, codebooks.codebook(codebook)
     else:
-        name = values = tuple(float(value) for value in codebook)
+        name = values = codebooks.numbers(codebook)
         ascending = all(low < high for low, high in zip(values, values[1:], strict=False))
-        if len(values) < 2 or not ascending or values[0] < -1 or values[-1] > 1:
+        if not ascending or values[0] < -1 or values[-1] > 1:
             raise InputError("codebook values must be two or more, ascending, and within [-1, 1]")
     if len(values) > most:
         raise InputError(f"the codebook has {len(values)} values: at most {most} fit here")
     return name, values
 
 
-def _check(weight: Tensor, blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
-        raise InputError(f"blocksize={blocksize!r}: use a power of two from 32 to 4096")
+def check_blocksize(blocksize: int) -> None:
+    """Refuse a block size that no kernel takes.
+
+    Args:
+        blocksize: Weights per scale.
+
+    Raises:
+        InputError: It is no power of two from 32 to 4096.
+    """
+    if not isinstance(blocksize, Integral) or blocksize not in BLOCKSIZES:
+        raise InputError(
+            f"blocksize={shown(blocksize)}: use a power of two from 32 to 4096, "
+            "because bitsandbytes' kernels take no other"
+        )
+
+
+def _check(weight: Tensor) -> None:
+    needs("tensor", weight, "weight")
     if weight.dtype not in DTYPES:
         raise InputError(f"weight is {weight.dtype}: quantize float32, float16 or bfloat16")
     if weight.numel() == 0:

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from qlora_lab._version import __version__
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs
 
 RUNS = Path("runs")
 
@@ -229,19 +229,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    from transformers import AutoConfig
-
-    from qlora_lab.loading import LOAD_ERRORS, cannot_load, find
+    from qlora_lab.loading import find
     from qlora_lab.memory import ledger
 
-    name = find(arguments.model)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except LOAD_ERRORS as error:
-        raise cannot_load(name, error) from error
     print(
         ledger(
-            config,
+            find(arguments.model),
             method=arguments.method,
             r=arguments.r,
             batch=arguments.batch_size,
@@ -270,12 +263,13 @@ def read_rows(path: Path, orders: bool = False) -> list[dict]:
         InputError: If the file cannot be read, is empty, or a line is not such a row; the message
             names the line.
     """
+    needs("path", path)
     try:
         content = Path(path).read_text("utf-8-sig")  # Windows editors put a mark at the beginning
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     rows = []
     # Not splitlines(): it also breaks at U+2028, which may stand inside a JSON string.
     for number, line in enumerate(content.split("\n"), 1):
@@ -283,7 +277,7 @@ def read_rows(path: Path, orders: bool = False) -> list[dict]:
             try:
                 rows.append(_read_row(line, orders))
             except InputError as error:
-                raise InputError(f"{path} line {number}: {error}") from error
+                raise InputError(f"{path} line {number}: {error}") from None
     if not rows:
         raise InputError(f"{path} holds no rows; write one JSON object a line")
     return rows
@@ -291,32 +285,19 @@ def read_rows(path: Path, orders: bool = False) -> list[dict]:
 
 def _read_row(line: str, orders: bool) -> dict:
     from qlora_lab.data import prompt
+    from qlora_lab.orders import is_order
 
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise InputError("this is not JSON; write one object a line") from error
+    except ValueError:
+        raise InputError("this is not JSON; write one object a line") from None
     fields = [row.get(key) for key in ("text", "answer")] if isinstance(row, dict) else [None]
     if not all(isinstance(value, str) and value.strip() for value in fields):
         raise InputError('an object needs the strings "text" and "answer", neither empty')
     prompt(row["text"])  # refuses what the template cannot hold
-    if orders and not _is_order(row["answer"]):
+    if orders and not is_order(row["answer"]):
         raise InputError("this answer is no order; see qlora_lab/assets/orders/pairs.jsonl")
     return row
-
-
-def _is_order(answer: str) -> bool:
-    try:
-        order = json.loads(answer)
-    except ValueError:
-        return False
-    items = order.get("items") if isinstance(order, dict) else None
-    return (
-        isinstance(items, list)
-        and len(items) > 0
-        and all(isinstance(i, dict) and {"count", "size", "item", "with"} <= set(i) for i in items)
-        and "name" in order
-    )
 
 
 def next_folder(root: Path, stem: str) -> Path:

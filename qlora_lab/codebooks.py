@@ -26,13 +26,16 @@ import itertools
 import math
 import struct
 from bisect import bisect_right
+from collections.abc import Iterable
 from functools import lru_cache
+from numbers import Integral
 from statistics import NormalDist
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, shown, whole
 
 _NORMAL = NormalDist()
 _BITS = range(2, 9)
+_FITTED = tuple(2**n for n in range(1, 13))  # block sizes that a codebook can be fitted to
 
 
 def _f32(value: float) -> float:
@@ -56,8 +59,30 @@ def _linspace_f32(start: float, end: float, steps: int) -> list[float]:
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in _BITS:
-        raise InputError(f"bits={bits!r}: a codebook here has 2 to 8 bits")
+    whole("bits", bits, _BITS[0], _BITS[-1])
+
+
+def numbers(values: Iterable[float], most: int = 256) -> tuple[float, ...]:
+    """Return a codebook's values, refusing what is no list of 2 to `most` numbers.
+
+    Args:
+        values: The values, in any order.
+        most: How many are allowed; 256 is what fits a byte.
+
+    Raises:
+        InputError: One is no number or NaN, or there are too few or too many.
+    """
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"a codebook of {shown(values)} is not possible; give two or more numbers, as nf4() has"
+        ) from None
+    if len(found) < 2 or any(map(math.isnan, found)):
+        raise InputError("codebook values must be two or more numbers, none of them NaN")
+    if len(found) > most:
+        raise InputError(f"the codebook has {len(found)} values: at most {most} fit here")
+    return found
 
 
 def normal_float(bits: int = 4) -> tuple[float, ...]:
@@ -188,7 +213,6 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-@lru_cache(maxsize=32)
 def l1_optimal(blocksize: int, bits: int = 4) -> tuple[float, ...]:
     """Fit the codebook with the least mean absolute error on normal weights at one block size.
 
@@ -198,21 +222,29 @@ def l1_optimal(blocksize: int, bits: int = 4) -> tuple[float, ...]:
     it until nothing moves: Lloyd's algorithm with medians.
 
     Args:
-        blocksize: Weights per block, 2 or more.
+        blocksize: Weights per block, a power of two from 2 to 4096.
         bits: Width of a code, 2 to 8.
 
     Returns:
         `2**bits` ascending values from -1 to 1 with an exact 0, one more positive than negative.
 
     Raises:
-        InputError: If `blocksize` is below 2 or `bits` outside 2..8.
+        InputError: If `blocksize` is no power of two from 2 to 4096, or `bits` outside 2..8.
 
     Source:
         Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)", section 4.
     """
     _check_bits(bits)
-    if blocksize < 2:
-        raise InputError(f"blocksize={blocksize!r}: a codebook is fitted to blocks of 2 or more")
+    if blocksize not in _FITTED or not isinstance(blocksize, Integral):
+        raise InputError(
+            f"blocksize={shown(blocksize)}: a codebook is fitted to a power of two from 2 to 4096, "
+            "because weights are quantized in no other blocks"
+        )
+    return _l1_optimal(int(blocksize), int(bits))
+
+
+@lru_cache(maxsize=32)
+def _l1_optimal(blocksize: int, bits: int) -> tuple[float, ...]:
     mass = _scaled_weight_mass(blocksize)
     half = 2 ** (bits - 1)
     positive = _lloyd_medians(half - 1, mass)
@@ -263,7 +295,6 @@ def _lloyd_medians(count: int, mass: list[float]) -> list[float]:
     return values
 
 
-@lru_cache(maxsize=64)
 def codebook(name: str) -> tuple[float, ...]:
     """Look a codebook up by name.
 
@@ -276,6 +307,17 @@ def codebook(name: str) -> tuple[float, ...]:
     Raises:
         InputError: If the name is not one of these.
     """
+    found = _named(name) if isinstance(name, str) else None
+    if found is None:
+        raise InputError(
+            f"codebook {shown(name)} is not known: use nf2..nf8, int2..int8, int2-asym..int8-asym "
+            "or fp4, in small letters"
+        )
+    return found
+
+
+@lru_cache(maxsize=64)
+def _named(name: str) -> tuple[float, ...] | None:
     if name == "fp4":
         return fp4()
     for bits in _BITS:
@@ -285,12 +327,9 @@ def codebook(name: str) -> tuple[float, ...]:
             return int_codebook(bits)
         if name == f"int{bits}-asym":
             return int_codebook(bits, symmetric=False)
-    raise InputError(
-        f"codebook {name!r} is not known: use nf2..nf8, int2..int8, int2-asym..int8-asym or fp4"
-    )
+    return None
 
 
-@lru_cache(maxsize=64)
 def midpoints(values: tuple[float, ...]) -> tuple[float, ...]:
     """Compute the borders between neighbouring values, as 32-bit floats.
 
@@ -302,5 +341,13 @@ def midpoints(values: tuple[float, ...]) -> tuple[float, ...]:
 
     Returns:
         `len(values) - 1` ascending borders between the sorted values.
+
+    Raises:
+        InputError: If these are not 2 to 256 numbers.
     """
+    return _midpoints(numbers(values))
+
+
+@lru_cache(maxsize=64)
+def _midpoints(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(_f32(_f32(low + high) / 2) for low, high in itertools.pairwise(sorted(values)))

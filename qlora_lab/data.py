@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_lab.errors import InputError, texts_of
+from qlora_lab.errors import InputError, needs, shown, texts_of, whole
 from qlora_lab.orders import GRADES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load_orders(splits: Iterable[str] = SPLITS, folder: str | Path | None = None
         A `DatasetDict` with the columns "text", "answer", "grade", "frame" and "correction".
 
     Raises:
-        InputError: If a split is unknown or its file is missing.
+        InputError: If no split is asked for, one is unknown, or its file is missing.
     """
     from datasets import load_dataset
     from datasets.utils import (
@@ -61,6 +61,11 @@ def load_orders(splits: Iterable[str] = SPLITS, folder: str | Path | None = None
         enable_progress_bars,
     )
 
+    needs("texts", splits, "splits")
+    if not splits:
+        raise InputError(f"no split is asked for; choose one or more of {', '.join(SPLITS)}")
+    if folder is not None:
+        needs("path", folder, "folder")
     folder = _ASSETS / "orders" if folder is None else Path(folder)
     files = {}
     for split in splits:
@@ -83,11 +88,16 @@ def heldout_texts(limit: int | None = None) -> dict[str, str]:
     """Read the held-out files on which bits per byte are measured.
 
     Args:
-        limit: Take only the first files, by name; None takes all.
+        limit: Take only the first files, by name, 1 or more; None takes all.
 
     Returns:
         The text of each file by its name.
+
+    Raises:
+        InputError: If the limit is no whole number from 1 on.
     """
+    if limit is not None:
+        whole("limit", limit)
     files = sorted((_ASSETS / "heldout").glob("*.py.txt"))
     # Bytes, not text mode: universal newlines would change the count on Windows.
     return {path.name: path.read_bytes().decode("utf-8") for path in files[:limit]}
@@ -105,6 +115,8 @@ def prompt(text: str) -> str:
     Raises:
         InputError: If there is no text, or more than one line.
     """
+    if not isinstance(text, str):
+        raise InputError(f"the prompt {shown(text)} is no text; write one, a sentence in English")
     if not text.strip():
         raise InputError("the prompt is empty; write an order such as 'two lattes for Anna'")
     if len(text.splitlines()) > 1:
@@ -131,10 +143,15 @@ def encode(
         beginning token and the prompt.
 
     Raises:
-        InputError: If the answer is empty, the row is too long, or there is no end token.
+        InputError: If the text or the answer is empty or no text, the row is too long, or there is
+            no end token.
     """
+    needs("tokenizer", tokenizer)
+    whole("max_length", max_length)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end token; without one the model cannot stop")
+    if not isinstance(answer, str):
+        raise InputError(f"the answer {shown(answer)} is no text; write what the model has to")
     if not answer.strip():
         raise InputError(f"the answer to {text!r} is empty; there is nothing to learn from it")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -180,7 +197,11 @@ def encode_rows(
     from datasets import Dataset
 
     if too_long not in TOO_LONG:
-        raise InputError(f"too_long={too_long!r} is unknown; choose from {', '.join(TOO_LONG)}")
+        raise InputError(
+            f"too_long={shown(too_long)} is unknown; choose from {', '.join(TOO_LONG)}"
+        )
+    needs("rows", rows)
+    whole("max_length", max_length)
     room = max_length if too_long == "raise" else 2**31
     encoded = [encode(tokenizer, *texts_of(row, "text", "answer"), room) for row in rows]
     if not encoded:
@@ -203,8 +224,10 @@ def collator(tokenizer: PreTrainedTokenizerBase, multiple_of: int = 8) -> DataCo
         shape (batch, length), padded on the right: padding token, attention 0, label -100.
 
     Raises:
-        InputError: If there is no padding token, or it is the end token.
+        InputError: If there is no padding token, it is the end token, or it stands on the left.
     """
+    needs("tokenizer", tokenizer)
+    whole("multiple_of", multiple_of)
     from transformers import DataCollatorForSeq2Seq
 
     if tokenizer.pad_token_id is None:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, whole
 
 T = TypeVar("T")
 ALONE = (
@@ -118,7 +118,7 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
         The model. Its parameters are `DTensor`s; every process must take part in each forward.
 
     Raises:
-        InputError: If this process is alone.
+        InputError: If this process is alone, or this is no model.
 
     Source:
         Zhao et al. 2023 (PyTorch FSDP); torch.distributed.fsdp.fully_shard.
@@ -127,6 +127,7 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
 
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(ALONE)
+    needs("model", model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for block in base.model.layers:
         fully_shard(block)
@@ -164,7 +165,12 @@ def held_bytes(model: torch.nn.Module, trained_copies: int = 3) -> dict[str, int
 
     Returns:
         Bytes by slice, with the names of `plots.SLICES`.
+
+    Raises:
+        InputError: This is no model, or there is less than one copy.
     """
+    needs("model", model)
+    whole("trained_copies", trained_copies)
     from qlora_lab.loading import constant_bytes, four_bit_layers
 
     for module in model.modules():

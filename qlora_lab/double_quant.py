@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qlora_lab.codebooks import dynamic_map, midpoints
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, shown, whole
 
 BLOCKSIZE = 256
 
@@ -73,7 +73,8 @@ def quantize_absmax(absmax: Tensor, blocksize: int = BLOCKSIZE) -> QuantizedAbsm
         A `QuantizedAbsmax` of `scales` bytes, `ceil(scales / blocksize)` floats and an offset.
 
     Raises:
-        InputError: If `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
+        InputError: If `absmax` is no float32 vector, empty or not finite; if `blocksize` is no whole
+            number from 1 on.
 
     Source:
         Dettmers et al., "QLoRA", section 3, Double Quantization.
@@ -93,7 +94,14 @@ def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
 
     Returns:
         float32, shape (scales,).
+
+    Raises:
+        InputError: If it is something else.
     """
+    if not isinstance(quantized, QuantizedAbsmax):
+        raise InputError(
+            f"{shown(quantized)} is no QuantizedAbsmax; give what quantize_absmax gave"
+        )
     values = map_tensor(quantized.codes.device)[quantized.codes.int()]
     second = quantized.absmax2.repeat_interleave(quantized.blocksize)[: len(values)]
     return values * second + quantized.offset
@@ -111,12 +119,14 @@ def center(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, 
         up with zeros; the blocks' largest magnitudes, shape (blocks, 1).
 
     Raises:
-        InputError: If `absmax` is empty, not a vector, or not finite; if `blocksize` is below 1.
+        InputError: As `quantize_absmax`.
     """
+    needs("tensor", absmax, "absmax")
+    if absmax.dtype != torch.float32:
+        raise InputError(f"absmax is {absmax.dtype}: scales are float32, convert it with .float()")
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise InputError(f"absmax has shape {tuple(absmax.shape)}: it must be a non-empty vector")
-    if blocksize < 1:
-        raise InputError(f"blocksize={blocksize!r}: scales are quantized in blocks of 1 or more")
+    whole("blocksize", blocksize)
     offset = absmax.mean()
     if not torch.isfinite(offset):
         raise InputError("absmax holds NaN or infinity, or its mean overflows: scales are finite")

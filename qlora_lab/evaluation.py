@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from qlora_lab.data import prompt
-from qlora_lab.errors import InputError, texts_of, whole
-from qlora_lab.orders import MODIFIERS, NUMBERS, SIZES, to_json
+from qlora_lab.errors import InputError, needs, shown, texts_of, whole
+from qlora_lab.orders import MODIFIERS, NUMBERS, SIZES, is_order, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,13 +86,20 @@ def generate(
         The continuations, without special tokens, in the order of the prompts.
 
     Raises:
-        InputError: If a prompt is empty or leaves no room in the model's context, or a bound
-            or the batch size is below 1.
+        InputError: If the prompts are no list of texts, one is empty or leaves no room in the
+            model's context, or a bound or the batch size is below 1.
     """
+    needs("model", model)
+    needs("tokenizer", tokenizer)
+    needs("texts", prompts, "prompts")
     whole("batch_size", batch_size)
+    if not isinstance(must_start, str):
+        raise InputError(f"must_start {shown(must_start)} is not possible; give a text")
     encoded = [_encode_prompt(tokenizer, text) for text in prompts]
-    one_bound = isinstance(max_new_tokens, int)
-    bounds = [max_new_tokens] * len(encoded) if one_bound else list(max_new_tokens)
+    several = isinstance(max_new_tokens, list | tuple)
+    bounds = list(max_new_tokens) if several else [max_new_tokens] * len(encoded)
+    if len(bounds) != len(encoded):
+        raise InputError(f"{len(bounds)} bounds for {len(encoded)} prompts; give one for each")
     for bound in bounds:
         whole("max_new_tokens", bound)
     order = sorted(range(len(encoded)), key=lambda i: (bounds[i], len(encoded[i])), reverse=True)
@@ -166,7 +174,13 @@ def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """Read an answer: the JSON object, or None where it is not one."""
+    """Read an answer: the JSON object, or None where it is not one.
+
+    Raises:
+        InputError: If it is no text.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"an answer {shown(text)} is not possible; give the text that was written")
     try:
         order = json.loads(text)
     except (ValueError, RecursionError):
@@ -176,8 +190,8 @@ def parse(text: str) -> dict[str, Any] | None:
 
 def exact_match(prediction: str, answer: str) -> bool:
     """Whether both are valid JSON objects and equal once parsed."""
-    order = parse(prediction)
-    return order is not None and order == parse(answer)
+    order, right = parse(prediction), parse(answer)
+    return order is not None and order == right
 
 
 def field_hits(prediction: str, answer: str) -> dict[str, tuple[int, int]]:
@@ -192,10 +206,15 @@ def field_hits(prediction: str, answer: str) -> dict[str, tuple[int, int]]:
 
     Returns:
         For each of `FIELDS`, how many are right and of how many.
+
+    Raises:
+        InputError: If the right answer is no order.
     """
     right, said = parse(answer), parse(prediction) or {}
     if right is None:
         raise InputError(f"the right answer is no JSON object: {answer[:60]!r}")
+    if not is_order(answer):
+        raise InputError(f"the right answer is no order with a name and items: {answer[:60]!r}")
     items = said.get("items")
     said_items = items if isinstance(items, list) else []
     total = max(len(right["items"]), len(said_items))
@@ -259,8 +278,10 @@ def score(predictions: Sequence[str], answers: Sequence[str]) -> Score:
         The `Score` over all rows.
 
     Raises:
-        InputError: If there is nothing to score or the lengths differ.
+        InputError: If there is nothing to score, the lengths differ, or a right answer is no order.
     """
+    needs("texts", predictions, "predictions")
+    needs("texts", answers, "answers")
     if not answers or len(predictions) != len(answers):
         raise InputError(
             f"{len(predictions)} predictions for {len(answers)} answers; give one for each"
@@ -278,7 +299,17 @@ def score(predictions: Sequence[str], answers: Sequence[str]) -> Score:
 
 
 def score_lines(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether each line is right to the letter: for kitchen tickets and the memory task."""
+    """Whether each line is right to the letter: for kitchen tickets and the memory task.
+
+    Raises:
+        InputError: If these are no lists of texts, or the lengths differ.
+    """
+    needs("texts", predictions, "predictions")
+    needs("texts", answers, "answers")
+    if len(predictions) != len(answers):
+        raise InputError(
+            f"{len(predictions)} predictions for {len(answers)} answers; give one for each"
+        )
     return [p.strip() == a.strip() for p, a in zip(predictions, answers, strict=True)]
 
 
@@ -305,10 +336,13 @@ def evaluate_orders(
 
     Returns:
         The `Score` of each grade.
+
+    Raises:
+        InputError: If a grade has no rows, a row is no order, or as `generate` says.
     """
-    rows = [
-        (grade, *texts_of(row, "text", "answer")) for grade, part in grades.items() for row in part
-    ]
+    needs("model", model)
+    needs("tokenizer", tokenizer)
+    rows = graded_rows(grades)
     prompts = [make_prompt(text) for _, text, _ in rows]
     bounds = [SPARE_TOKENS + len(_ids(tokenizer, answer)) for _, _, answer in rows]
     predictions = generate(model, tokenizer, prompts, bounds, batch_size, must_start="{")
@@ -317,6 +351,39 @@ def evaluate_orders(
         mine = [i for i, row in enumerate(rows) if row[0] == grade]
         scores[grade] = score([predictions[i] for i in mine], [rows[i][2] for i in mine])
     return scores
+
+
+def graded_rows(grades: Mapping[str, Iterable[Mapping[str, str]]]) -> list[tuple[str, str, str]]:
+    """Read test sets, refusing what cannot be scored.
+
+    Args:
+        grades: Rows with "text" and "answer" by grade.
+
+    Returns:
+        Grade, text and answer of each row.
+
+    Raises:
+        InputError: If these are no rows by grade, a grade has none, or an answer is no order.
+    """
+    if not isinstance(grades, Mapping):
+        raise InputError(
+            f"grades {shown(grades)} is not possible; give rows by grade, "
+            "such as {'mine': rows} or load_orders(['pairs'])"
+        )
+    rows = []
+    for grade, part in grades.items():
+        needs("rows", part, f"grade {grade!r}:")
+        mine = [(grade, *texts_of(row, "text", "answer")) for row in part]
+        if not mine:
+            raise InputError(f"grade {grade!r} has no rows; give one or more, or leave it out")
+        for _, _, answer in mine:
+            if not is_order(answer):
+                raise InputError(
+                    f"grade {grade!r} has an answer that is no order, {answer[:60]!r}; "
+                    "for other answers see generate and score_lines"
+                )
+        rows += mine
+    return rows
 
 
 # --- 3. What was forgotten -------------------------------------------------------------------
@@ -348,9 +415,12 @@ def text_bits(
         Bits of each text. Divide their sum by the bytes of the texts for bits per byte.
 
     Raises:
-        InputError: If a text is empty, the stride does not leave room, the context is longer than
-            the model's, or the batch size is below 1.
+        InputError: If the texts are no list of texts, one is empty, the stride does not leave room,
+            the context is longer than the model's, or the batch size is below 1.
     """
+    needs("model", model)
+    needs("tokenizer", tokenizer)
+    needs("texts", texts)
     whole("batch_size", batch_size)
     _check_windows(model, context, stride)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -385,7 +455,8 @@ def bits_per_byte(
     Returns:
         All bits divided by all bytes. Comparable between tokenizers and with `xz`.
     """
-    if not texts:
+    needs("texts", texts)
+    if not len(texts):
         raise InputError("there is no text to measure; give one or more")
     bits = text_bits(model, tokenizer, texts, context, stride, batch_size)
     return sum(bits) / sum(len(text.encode("utf-8")) for text in texts)
@@ -393,10 +464,8 @@ def bits_per_byte(
 
 def _check_windows(model: PreTrainedModel, context: int, stride: int) -> None:
     longest = model.config.max_position_embeddings
-    if not 2 <= context <= longest:
-        raise InputError(f"context {context} is not possible; the model reads 2 to {longest}")
-    if not 1 <= stride < context:
-        raise InputError(f"stride {stride} is not possible at context {context}; use 1 to less")
+    whole("context", context, 2, longest)  # more than the model was made for
+    whole("stride", stride, 1, context - 1)  # a window has to show something before what it scores
 
 
 def _spans(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -452,24 +521,46 @@ def bootstrap_interval(
         sum(values) / sum(weights), and the lower and upper end of its percentile interval.
 
     Raises:
-        InputError: If there are no values, the lengths differ, or the confidence is not in (0, 1).
+        InputError: If there are no values, one is no finite number, the lengths differ, a weight is
+            not above 0, the confidence is not in (0, 1), or there are no resamples.
 
     Source:
         Efron, "Bootstrap methods: another look at the jackknife" (1979), percentile interval.
     """
-    top = np.asarray(values, dtype=np.float64)
-    bottom = np.ones_like(top) if weights is None else np.asarray(weights, dtype=np.float64)
+    top = _finite("values", values)
+    bottom = np.ones_like(top) if weights is None else _finite("weights", weights)
     if top.ndim != 1 or top.size == 0 or top.shape != bottom.shape:
         raise InputError(
             f"values {top.shape} and weights {bottom.shape} must be equally long lists"
         )
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence {confidence} is not between 0 and 1; use 0.95 for 95 %")
+    if not (bottom > 0).all():
+        raise InputError("a weight is 0 or less: give what each value is divided by, its bytes")
+    if not isinstance(confidence, Real) or not 0 < confidence < 1:
+        raise InputError(
+            f"confidence {shown(confidence)} is not between 0 and 1; use 0.95 for 95 %"
+        )
+    whole("resamples", resamples)
+    whole("seed", seed, 0)
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, top.size, size=(resamples, top.size))
     means = top[rows].sum(axis=1) / bottom[rows].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(top.sum() / bottom.sum()), float(low), float(high)
+
+
+def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+    """Return the values as an array of finite numbers."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{name} {shown(values)} are not possible; give a list of numbers"
+        ) from None
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{name} hold NaN or infinity: no mean of them is a number; leave them out"
+        )
+    return array
 
 
 def paired_difference(
@@ -499,10 +590,10 @@ def paired_difference(
     Raises:
         InputError: If the rows are not the same in number; and as `bootstrap_interval` says.
     """
-    if len(first) != len(second):
-        raise InputError(f"{len(first)} and {len(second)} rows are not pairs; use the same rows")
-    difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    return bootstrap_interval(difference, weights, confidence, resamples, seed)
+    before, after = _finite("first", first), _finite("second", second)
+    if before.shape != after.shape or before.ndim != 1:
+        raise InputError(f"{before.shape} and {after.shape} rows are not pairs; use the same rows")
+    return bootstrap_interval(after - before, weights, confidence, resamples, seed)
 
 
 # --- 5. Controls -----------------------------------------------------------------------------
@@ -522,7 +613,13 @@ def few_shot_examples(
 
     Returns:
         The picked rows, each with one item and no correction.
+
+    Raises:
+        InputError: If a row lacks its answer or its correction, or the count is below 1.
     """
+    whole("count", count)
+    whole("longest", longest)
+    rows = _checked_rows(rows, "answer", "correction")
     short = (row for row in rows if len(row["answer"]) <= longest and not row["correction"])
     return list(islice((row for row in short if '"with":[]' not in row["answer"]), count))
 
@@ -536,9 +633,19 @@ def few_shot_prompt(examples: Iterable[Mapping[str, str]], text: str) -> str:
 
     Returns:
         Prompt, answer and line break of each example, then the prompt of `text`.
+
+    Raises:
+        InputError: If an example lacks its text or answer, or `prompt` refuses a text.
     """
-    shown = "".join(f"{prompt(row['text'])}{row['answer']}\n" for row in examples)
-    return shown + prompt(text)
+    rows = _checked_rows(examples, "text", "answer")
+    return "".join(f"{prompt(row['text'])}{row['answer']}\n" for row in rows) + prompt(text)
+
+
+def _checked_rows(rows: Iterable[Mapping[str, str]], *names: str) -> Iterator[Mapping[str, str]]:
+    needs("rows", rows)
+    for row in rows:
+        texts_of(row, *names)
+        yield row
 
 
 _MOD = "|".join(MODIFIERS)
@@ -561,7 +668,12 @@ def regex_baseline(text: str) -> str:
 
     Returns:
         The order as JSON.
+
+    Raises:
+        InputError: If this is no text.
     """
+    if not isinstance(text, str):
+        raise InputError(f"the order {shown(text)} is no text; write a sentence in English")
     name = _NAME.search(text)
     items = []
     for match in _ITEM.finditer(text):

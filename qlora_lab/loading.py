@@ -23,6 +23,7 @@ Loading elsewhere and guarding later would be one forward pass too late, hence o
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_lab import embedded_model
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, shown
 from qlora_lab.provenance import without_folders
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What `from_pretrained` raises for a name or a folder that is no good.
 LOAD_ERRORS = (OSError, ValueError, SafetensorError)
@@ -119,7 +120,12 @@ def choose_dtype(device: str) -> tuple[torch.dtype, str]:
 
     Returns:
         The dtype, and the reason in words.
+
+    Raises:
+        InputError: The device is another.
     """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {shown(device)} is unknown; choose cpu or cuda")
     if device == "cpu":
         return torch.float32, "a CPU; 16-bit checkpoint values are exact in float32"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -158,8 +164,8 @@ def load_model(
         `Loaded(model, tokenizer, report)`; the model is in evaluation mode.
 
     Raises:
-        InputError: If the bits, the device or the quantization type is unknown, the name cannot
-            be loaded, or a layer's width would be dequantized wrongly on this CPU.
+        InputError: If the bits, the device or a type is unknown, the name cannot be loaded, or a
+            layer's width would be dequantized wrongly on this CPU.
 
     Source:
         `BitsAndBytesConfig` of transformers; Dettmers et al. 2023 (QLoRA), section 3.
@@ -167,9 +173,9 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or default_device()
-    _check(bits, device, quant_type)
-    name = find(name)
     dtype, reason = choose_dtype(device)
+    _check(bits, device, quant_type, compute_dtype)
+    name = _find(name)
     if compute_dtype is not None:
         dtype, reason = compute_dtype, "it was asked for"
     config, scheme = _quantization(bits, quant_type, double_quant, dtype, quant_storage)
@@ -182,7 +188,7 @@ def load_model(
                 name, dtype=dtype, quantization_config=config, device_map={"": place}
             )
     except LOAD_ERRORS as error:
-        raise cannot_load(name, error) from error
+        raise cannot_load(name, error) from None
     give_padding(tokenizer)
     guarded = guard(model)
     model.eval()
@@ -210,10 +216,44 @@ def find(name: str | Path | None) -> str:
 
     Returns:
         A folder of this machine, or a hub name.
+
+    Raises:
+        InputError: It is no name.
     """
-    if name is None or (portable_name(name) == EMBEDDED and not Path(name).is_dir()):
+    if name is None:
+        return str(embedded_model())
+    needs("path", name, "model")
+    if portable_name(name) == EMBEDDED and not Path(name).is_dir():
         return str(embedded_model())
     return str(name)
+
+
+def _find(name: str | Path | None) -> str:
+    """As `find`, refusing a path that is no folder here: the hub would be asked for it in vain."""
+    place = find(name)
+    hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", place) and not isinstance(name, Path)
+    if not hub_name and not Path(place).is_dir():
+        raise InputError(f"{place!r} cannot be loaded, there is no such folder; {_HINT}")
+    return place
+
+
+def load_config(name: str | Path | None) -> PretrainedConfig:
+    """Read a model's configuration, without its weights.
+
+    Args:
+        name: As `find` takes it.
+
+    Raises:
+        InputError: There is none of this name.
+    """
+    from transformers import AutoConfig
+
+    name = _find(name)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(name)
+    except LOAD_ERRORS as error:
+        raise cannot_load(name, error) from None
 
 
 def portable_name(name: str | Path) -> str:
@@ -233,19 +273,26 @@ def cannot_load(name: str, error: Exception) -> InputError:
     """Say in one line that a base cannot be loaded; for a folder that is there, also why."""
     reason = str(error).strip().partition("\n")[0]
     why = f" ({reason})" if Path(name).is_dir() else ""
-    hint = "give a folder with config.json, or a hub name while there is a network"
-    return InputError(f"{name!r} cannot be loaded{why}; {hint}")
+    return InputError(f"{name!r} cannot be loaded{why}; {_HINT}")
 
 
-def _check(bits: int, device: str, quant_type: str) -> None:
-    if bits not in BITS:
-        raise InputError(f"bits={bits} is not possible; choose 4, 8 or 16")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is unknown; choose cpu or cuda")
+_HINT = "give a folder with config.json, or a hub name while there is a network"
+
+
+def _check(bits: int, device: str, quant_type: str, compute_dtype: torch.dtype | None) -> None:
+    if bits not in BITS or not isinstance(bits, int):
+        raise InputError(
+            f"bits={shown(bits)} is not possible; choose 4, 8 or 16, which bitsandbytes can store"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is present; use device='cpu'")
     if quant_type not in ("nf4", "fp4"):
-        raise InputError(f"quant_type {quant_type!r} is unknown; choose nf4 or fp4")
+        raise InputError(f"quant_type {shown(quant_type)} is unknown; choose nf4 or fp4")
+    if compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(
+            f"compute_dtype {compute_dtype!r} is not possible; choose torch.float32, "
+            "torch.float16 or torch.bfloat16"
+        )
 
 
 def _quantization(bits, quant_type, double_quant, dtype, storage):
@@ -317,7 +364,12 @@ def give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def four_bit_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The bitsandbytes 4-bit layers of a model, by name."""
+    """The bitsandbytes 4-bit layers of a model, by name.
+
+    Raises:
+        InputError: This is no model.
+    """
+    needs("model", model)
     from bitsandbytes.nn import Linear4bit
 
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
@@ -333,8 +385,8 @@ def guard(model: torch.nn.Module) -> int:
         How many layers were guarded.
 
     Raises:
-        InputError: If a layer's width is no multiple of its block size, which the CPU kernel
-            would dequantize with wrong scales.
+        InputError: If this is no model, or a layer's width is no multiple of its block size,
+            which the CPU kernel would dequantize with wrong scales.
     """
     guarded = 0
     for name, layer in four_bit_layers(model).items():

@@ -22,15 +22,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, above_zero, needs, share, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -88,6 +89,8 @@ class LoRALinear(nn.Module):
         adapter: str = "default",
     ) -> None:
         super().__init__()
+        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
+            raise InputError(f"a base {shown(base)} is not possible; give a linear layer")
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.adapters: dict[str, Adapter] = {}
@@ -263,7 +266,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn
         Name -> layer (`nn.Linear` or, where adapters exist, `LoRALinear`), in the model's order.
 
     Raises:
-        InputError: No linear layer matches.
+        InputError: No linear layer matches, or one of the endings matches none.
 
     Source:
         peft `tuners/tuners_utils.py`, check_target_module_exists and
@@ -275,14 +278,31 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn
         head = find_head()  # left out as PEFT leaves it out: often tied to the embeddings
         chosen = {path: layer for path, layer in layers.items() if layer is not head}
     elif isinstance(targets, str):
-        chosen = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
+        try:
+            chosen = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
+        except re.error as error:
+            raise InputError(f"targets {targets!r} is no regular expression: {error}") from None
     else:
-        endings = tuple(targets)
-        chosen = {path: layer for path, layer in layers.items() if _ends_with(path, endings)}
+        needs("texts", targets, "targets")
+        chosen = {path: layer for path, layer in layers.items() if _ends_with(path, targets)}
+    some = sorted({path.rsplit(".", 1)[-1] for path in layers})
     if not chosen:
-        some = sorted({path.rsplit(".", 1)[-1] for path in layers})
         raise InputError(f"targets {targets!r} match no linear layer: this model has {some}")
+    lost = [] if isinstance(targets, str) else unmatched(targets, chosen)
+    if lost:  # PEFT goes on without them, and half of what was asked for is missing
+        raise InputError(f"of the targets, {lost} match no linear layer: this model has {some}")
     return chosen
+
+
+def unmatched(endings: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Return the name endings that no layer has.
+
+    Args:
+        endings: Such as ["q_proj", "v_proj"].
+        paths: Names of layers.
+    """
+    paths = list(paths)
+    return [ending for ending in endings if not any(_ends_with(path, [ending]) for path in paths)]
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -350,7 +370,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
     Returns:
         Name -> layer, in the model's order; empty without adapters.
+
+    Raises:
+        InputError: This is no model.
     """
+    needs("model", model)
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
@@ -392,6 +416,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     """
     from safetensors.torch import save_file
 
+    needs("path", directory, "directory")
     layers = _known(lora_layers(model), name)
     settings = {path: layer.adapters[name] for path, layer in layers.items()}
     if len({(a.alpha, a.dropout, a.rslora) for a in settings.values()}) > 1:
@@ -439,6 +464,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     Source:
         peft `PeftModel.from_pretrained` and `utils/save_and_load.py`.
     """
+    needs("path", directory, "directory")
     config, weights = _read_adapter(Path(directory))
     candidates = _linear_layers(model)
     settings = {}
@@ -466,12 +492,17 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
 
 def _read_adapter(directory: Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
     """The settings, and A and B by layer name; refuses what plain LoRA cannot express."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise InputError(f"no {file} in {directory}: give the folder that save_adapter wrote")
-    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(directory / WEIGHTS_FILE)
+    except (ValueError, SafetensorError):
+        raise InputError(f"a file in {directory} is damaged: save the adapter again") from None
     if config.get("peft_type") != "LORA":
         raise InputError(f"peft_type {config.get('peft_type')!r} is not LORA, the only one read")
     # These change the arithmetic and leave no extra tensor in the file that would betray them.
@@ -482,7 +513,7 @@ def _read_adapter(directory: Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor
     if used:
         raise InputError(f"{used[0]}={config[used[0]]!r} is not plain LoRA: read it with PEFT")
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(directory / WEIGHTS_FILE).items():
+    for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise InputError(f"{key!r} is not a plain LoRA tensor: read this adapter with PEFT")
@@ -534,25 +565,28 @@ def _attach(
 def _known(layers: dict[str, LoRALinear], name: str | None) -> dict[str, LoRALinear]:
     """The layers that carry the adapter `name` (all for None)."""
     found = {
-        path: layer for path, layer in layers.items() if name is None or name in layer.adapters
+        path: layer
+        for path, layer in layers.items()
+        if name is None or name in tuple(layer.adapters)
     }
     if name is not None and not found:
         names = sorted({each for layer in layers.values() for each in layer.adapters})
-        raise InputError(f"no adapter {name!r} in this model: it has {names}")
+        raise InputError(f"no adapter {shown(name)} in this model: it has {names}")
     return found
 
 
 def _check_adapter(layer: nn.Module, name: str, adapter: Adapter) -> None:
     highest = min(layer.in_features, layer.out_features)
-    if not isinstance(adapter.r, int) or not 1 <= adapter.r <= highest:
+    whole_number = isinstance(adapter.r, Integral) and not isinstance(adapter.r, bool)
+    if not whole_number or not 1 <= adapter.r <= highest:
         raise InputError(
-            f"rank {adapter.r} is not allowed: a {layer.in_features} -> {layer.out_features} layer "
-            f"takes a whole number from 1 to {highest}"
+            f"rank {shown(adapter.r)} is not allowed: "
+            f"a {layer.in_features} -> {layer.out_features} layer takes a whole number from 1 to {highest}"
         )
-    if not (adapter.alpha > 0 and math.isfinite(adapter.alpha)):
-        raise InputError(f"alpha {adapter.alpha} is not allowed: give a finite number above 0")
-    if not 0 <= adapter.dropout < 1:
-        raise InputError(f"dropout {adapter.dropout} is not allowed: give a probability in [0, 1)")
+    above_zero("alpha", adapter.alpha)
+    share("dropout", adapter.dropout)
+    if not isinstance(name, str):
+        raise InputError(f"adapter name {shown(name)} is not allowed: give a text")
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict, name):
         raise InputError(f"adapter name {name!r} is not allowed: use letters, digits, _ and -")
     if isinstance(layer, LoRALinear) and name in layer.adapters:

@@ -20,10 +20,12 @@ which is what the chapter is about.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, shown
 
 
 def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +180,7 @@ def amplification(weight: Tensor, delta: Tensor, rank: int) -> float:
 
 
 def _checked(matrix: Tensor, allow_zero: bool = True) -> Tensor:
+    needs("tensor", matrix, "matrix")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise InputError(f"shape {tuple(matrix.shape)} is not a matrix: give a 2-D tensor")
     if not matrix.is_floating_point():
@@ -192,8 +195,9 @@ def _checked(matrix: Tensor, allow_zero: bool = True) -> Tensor:
 
 def _check_rank(rank: int, matrix: Tensor, name: str = "rank", lowest: int = 1) -> None:
     highest = min(matrix.shape)
-    if not lowest <= rank <= highest:
+    whole_number = isinstance(rank, Integral) and not isinstance(rank, bool)
+    if not whole_number or not lowest <= rank <= highest:
         raise InputError(
-            f"{name} {rank} is out of range: a {matrix.shape[0]} x {matrix.shape[1]} matrix "
-            f"allows {lowest} to {highest}"
+            f"{name} {shown(rank)} is out of range: a {matrix.shape[0]} x {matrix.shape[1]} matrix "
+            f"allows whole numbers from {lowest} to {highest}"
         )

@@ -36,6 +36,7 @@ Source: QLoRA (arXiv 2305.14314), section 3 and its appendix on memory; transfor
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_lab.errors import InputError, whole
+from qlora_lab.blockwise import check_blocksize
+from qlora_lab.errors import InputError, needs, share, shown, whole
 from qlora_lab.lora import find_targets
 from qlora_lab.paged_optimizer import is_paged
 
@@ -205,7 +207,9 @@ def ledger(
         The module's docstring, row by row.
     """
     dtype, adapter_dtype = _dtype(dtype), _dtype(adapter_dtype)
-    _check(method, r, batch, sequence, blocksize, optimizer, dropout)
+    _check(method, r, batch, sequence, optimizer, attention)
+    check_blocksize(blocksize)
+    share("dropout", dropout)
     run = _Run(
         _config(config), method, r, targets, dtype, adapter_dtype, attention, dropout, kbit_prep
     )
@@ -250,7 +254,11 @@ def packed_bytes(numel: int) -> int:
 
     Returns:
         Bytes; an odd count pads one code.
+
+    Raises:
+        InputError: This is no number of elements.
     """
+    whole("numel", numel, 0)
     return -(-numel // 2)
 
 
@@ -269,9 +277,14 @@ def constant_bytes(numel: int, blocksize: int = 64, double_quant: bool = True) -
     Returns:
         Bytes, equal to the sum over the tensors of the weight's `quant_state`.
 
+    Raises:
+        InputError: A number is out of range.
+
     Source:
         QLoRA, section 3, "Double Quantization"; bitsandbytes `QuantState`.
     """
+    whole("numel", numel, 0)
+    check_blocksize(blocksize)
     blocks = -(-numel // blocksize)
     codebook = 16 * 4
     if not double_quant:
@@ -292,9 +305,17 @@ def adam_bytes(numel: int, bits: int = 32) -> int:
     Returns:
         Bytes, without the 8-bit maps that all tensors share (2 x 256 float32).
 
+    Raises:
+        InputError: This is no number of elements, or the bits are others.
+
     Source:
         bitsandbytes `optim/optimizer.py`, `Optimizer2State.init_state`.
     """
+    whole("numel", numel, 0)
+    if bits not in (8, 32):
+        raise InputError(
+            f"bits={shown(bits)} is not possible; give 32 or 8, the Adams that bitsandbytes has"
+        )
     if bits == 32 or numel < 4096:
         return 2 * 4 * numel
     return 2 * (numel + 4 * -(-numel // 256))
@@ -564,9 +585,13 @@ def record_saved(model: nn.Module) -> Iterator[list[Saved]]:
     Yields:
         A list that fills up during the forward pass, in the order of saving.
 
+    Raises:
+        InputError: This is no model.
+
     Source:
         `torch.autograd.graph.saved_tensors_hooks`.
     """
+    needs("model", model)
     seen = {_storage(t) for t in (*model.parameters(), *model.buffers())}
     saved: list[Saved] = []
     alive: list[Tensor] = []  # a freed storage's identity could be given to the next one
@@ -611,11 +636,15 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         timeline: Bytes alive after each operation, in order.
 
+    Raises:
+        InputError: This is no model.
+
     Source:
         `torch.utils._python_dispatch.TorchDispatchMode`.
     """
 
     def __init__(self, model: nn.Module):
+        needs("model", model)
         super().__init__()
         self.timeline: list[int] = []
         self._own = {_storage(tensor) for tensor in _held_tensors(model)}
@@ -740,7 +769,7 @@ def _activations(
         raise InputError(
             f"{type(run.config).__name__} cannot be run on input_ids without values "
             f"({type(error).__name__}): give batch=0 for the ledger without activations"
-        ) from error
+        ) from None
 
 
 def _trace(model: nn.Module, run: _Run, batch: int, sequence: int, autocast: bool) -> Activations:
@@ -863,11 +892,14 @@ def llama_block_activations(
         Bytes one block keeps (its rotary tables, which all blocks share, not included).
 
     Raises:
-        InputError: `method` or `attention` is unknown.
+        InputError: `method` or `attention` is unknown, a number is out of range, or the config is
+            of another family.
     """
-    if attention not in ("sdpa", "eager"):
-        raise InputError(f"attention {attention!r} has no formula: give 'sdpa' or 'eager'")
-    _check(method, r, batch, sequence, 64, "adamw", 0.0)
+    _check(method, r, batch, sequence, "adamw", attention)
+    config = _config(config)
+    if not hasattr(config, "num_key_value_heads"):
+        kind = type(config).__name__
+        raise InputError(f"config {kind} has no formula: give one of Llama, Mistral or Qwen2")
     c, a = _dtype(dtype).itemsize, _dtype(adapter_dtype).itemsize
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -898,10 +930,12 @@ def llama_block_activations(
 
 
 def _config(config: PretrainedConfig | str) -> PretrainedConfig:
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
-    if isinstance(config, str):
-        return AutoConfig.from_pretrained(config)
+    if isinstance(config, str | os.PathLike):
+        from qlora_lab.loading import load_config
+
+        return load_config(config)
     if not isinstance(config, PretrainedConfig):
         raise InputError(
             f"config is a {type(config).__name__}: give a transformers config or a model's path"
@@ -917,19 +951,15 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _check(
-    method: str, r: int, batch: int, sequence: int, blocksize: int, optimizer: str, dropout: float
-) -> None:
+def _check(method: str, r: int, batch: int, sequence: int, optimizer: str, attention: str) -> None:
     if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown: give one of {', '.join(METHODS)}")
+        raise InputError(f"method {shown(method)} is unknown: give one of {', '.join(METHODS)}")
     if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer {optimizer!r} is unknown: give {' or '.join(OPTIMIZERS)}")
+        raise InputError(f"optimizer {shown(optimizer)} is unknown: give {' or '.join(OPTIMIZERS)}")
     for name, value, least in (("r", r, 1), ("batch", batch, 0), ("sequence", sequence, 1)):
         whole(name, value, least)
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise InputError(f"blocksize {blocksize} is not possible: give a power of 2, 32 to 4096")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout {dropout} is not possible: give 0 or more, below 1")
+    if attention not in ("sdpa", "eager"):
+        raise InputError(f"attention {shown(attention)} is unknown: give 'sdpa' or 'eager'")
 
 
 def _units(total: int) -> tuple[int, str, int, str]:

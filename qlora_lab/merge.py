@@ -30,17 +30,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from qlora_lab.blockwise import dequantize_4bit
+from qlora_lab.blockwise import DTYPES, dequantize_4bit
 from qlora_lab.data import IGNORED, collator, encode
-from qlora_lab.errors import InputError, texts_of, whole
+from qlora_lab.errors import InputError, needs, shown, texts_of, whole
 from qlora_lab.evaluation import evaluating
 from qlora_lab.loading import four_bit_layers, load_model, quiet
 from qlora_lab.lora import find_targets
 from qlora_lab.qlora import quantize_weight
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -107,22 +109,19 @@ def merge_into(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
         The merged model, with the parameters and the size of the base.
 
     Raises:
-        InputError: The base holds 4-bit codes, or the folder no adapter.
+        InputError: The base holds 4-bit codes, or the folder no adapter or one for another base.
 
     Source:
         LoRA (arXiv 2106.09685), section 4.1, "No additional inference latency"; peft
         `merge_and_unload`.
     """
-    from peft import PeftModel
-
     if four_bit_layers(base):
         raise InputError(
             "merging into 4-bit codes rounds most of the update away: merge into "
             "dequantized_base(name), or into the original 16-bit model"
         )
     _check_adapter_folder(adapter)
-    with quiet():
-        return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return _adapted(base, adapter).merge_and_unload()
 
 
 @torch.no_grad()
@@ -173,10 +172,13 @@ def save_merged(
         Bytes of the weight files: the old size of the base, whatever the adapter's was.
 
     Raises:
-        InputError: The model still holds 4-bit codes.
+        InputError: The model still holds 4-bit codes, or the dtype is another.
     """
     if four_bit_layers(model):
         raise InputError("the model holds 4-bit codes: merge it first, or save the adapter alone")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r}: store bfloat16, float16 or float32")
+    needs("path", directory, "directory")
     directory = Path(directory)
     # A copy, so that the caller's model keeps its precision; `.to` keeps tied weights tied.
     stored = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
@@ -209,17 +211,16 @@ def ladder(
     Raises:
         InputError: The model cannot be loaded, or the folder holds no adapter.
     """
-    from peft import PeftModel
-
     _check_adapter_folder(adapter)
+    if not callable(score):
+        raise InputError(f"score {shown(score)} is not possible; give a function of a model")
 
     def measure(model: nn.Module) -> T:
         with torch.no_grad():
             return score(model.eval())
 
     unmerged = load_model(name, bits=4, device=device).model
-    with quiet():
-        adapted = PeftModel.from_pretrained(unmerged, str(adapter))
+    adapted = _adapted(unmerged, adapter)
     scores = {RUNGS[0]: measure(adapted)}
     del unmerged, adapted  # one model in memory at a time
     merged = merge_into(dequantized_base(name, device), adapter)
@@ -254,6 +255,8 @@ def answer_bits(
     Raises:
         InputError: A row cannot be encoded, or the batch size is below 1.
     """
+    needs("model", model)
+    needs("rows", rows)
     whole("batch_size", batch_size)
     encoded = [encode(tokenizer, *texts_of(row, "text", "answer")) for row in rows]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["labels"]))
@@ -275,6 +278,19 @@ def answer_bits(
     return bits
 
 
+def _adapted(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(base, str(adapter))
+    except (RuntimeError, ValueError, SafetensorError):
+        raise InputError(
+            f"the adapter in {adapter} does not fit this base, or is damaged"
+        ) from None
+
+
 def _check_adapter_folder(adapter: str | Path) -> None:
+    needs("path", adapter, "adapter")
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise InputError(f"no adapter_config.json in {adapter}: give the folder of an adapter")

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, shown, texts_of, whole
 
 Order = dict[str, Any]
 Row = dict[str, str]
@@ -356,6 +356,21 @@ def to_json(order: Order) -> str:
     return json.dumps(order, separators=(",", ":"), ensure_ascii=False)
 
 
+def is_order(answer: str) -> bool:
+    """Say whether an answer is an order: JSON with a name and items that have all four fields."""
+    try:
+        order = json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+    items = order.get("items") if isinstance(order, dict) else None
+    return (
+        isinstance(items, list)
+        and len(items) > 0
+        and all(isinstance(i, dict) and {"count", "size", "item", "with"} <= set(i) for i in items)
+        and "name" in order
+    )
+
+
 # --- 3. Sort into splits ---------------------------------------------------------------------
 
 
@@ -389,10 +404,11 @@ def make_rows(
     Raises:
         InputError: If the grade is unknown or the count is not positive.
     """
-    if grade != "train" and grade not in GRADES:
-        raise InputError(f"grade {grade!r} is unknown; choose train or one of {', '.join(GRADES)}")
-    if count < 1:
-        raise InputError(f"count {count} is not positive; ask for 1 row or more")
+    if grade not in ("train", *GRADES):
+        raise InputError(
+            f"grade {shown(grade)} is unknown; choose train or one of {', '.join(GRADES)}"
+        )
+    whole("count", count)
     rng = random.Random(f"orders/{seed}/{grade}")
     taken = {row[field] for row in avoid for field in ("text", "answer")}
     rows: list[Row] = []
@@ -511,8 +527,19 @@ def ticket(order: Order) -> str:
 
 
 def ticket_rows(rows: Iterable[Row]) -> list[Row]:
-    """Copy rows with the kitchen ticket as the answer; the sentences stay the same."""
-    return [row | {"answer": ticket(json.loads(row["answer"]))} for row in rows]
+    """Copy rows with the kitchen ticket as the answer; the sentences stay the same.
+
+    Raises:
+        InputError: A row's answer is no order.
+    """
+    needs("rows", rows)
+    tickets = []
+    for row in rows:
+        (answer,) = texts_of(row, "answer")
+        if not is_order(answer):
+            raise InputError(f"the answer {shown(answer)} is no order, so it has no ticket")
+        tickets.append({**row, "answer": ticket(json.loads(answer))})
+    return tickets
 
 
 def chat_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -523,7 +550,14 @@ def chat_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     Returns:
         `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "grade": str}`.
+
+    Raises:
+        InputError: A row lacks its text, its answer or its grade.
     """
+    needs("rows", rows)
+    rows = list(rows)
+    for row in rows:
+        texts_of(row, "text", "answer", "grade")
     return [
         {
             "messages": [
@@ -573,9 +607,7 @@ def memory_rows(count: int, seed: int = 0) -> list[Row]:
     Raises:
         InputError: If the count is outside 64..4096.
     """
-    low, high = MEMORY_SIZES
-    if not low <= count <= high:
-        raise InputError(f"{count} pairs asked for; the memory task has {low} to {high}")
+    whole("count", count, *MEMORY_SIZES)
     rng = random.Random(f"memory/{seed}")
     things = [f"{colour} {thing}" for colour, thing in product(COLOURS, THINGS)]
     rng.shuffle(things)

@@ -39,7 +39,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_lab.errors import InputError, whole
+from qlora_lab.errors import InputError, above_zero, whole
 
 PAGED_FROM = 100_000
 """Elements from which bitsandbytes puts a parameter's optimizer state into unified memory."""
@@ -63,9 +63,13 @@ def is_paged(numel: int) -> bool:
     Returns:
         True from 100,000 elements on.
 
+    Raises:
+        InputError: This is no number of elements.
+
     Source:
         bitsandbytes `optim/optimizer.py`, `Optimizer8bit.get_state_buffer`.
     """
+    whole("numel", numel, 0)
     return numel >= PAGED_FROM
 
 
@@ -86,9 +90,10 @@ def state_pages(
         Pages; 0 if no tensor is large enough to be paged.
 
     Raises:
-        InputError: `page_bytes` is not positive.
+        InputError: A number is out of range.
     """
-    whole("page_bytes", page_bytes, 1)
+    whole("page_bytes", page_bytes)
+    whole("bytes_per_element", bytes_per_element)
     moments = (2 * -(-n * bytes_per_element // page_bytes) for n in numels if is_paged(n))
     return sum(moments)
 
@@ -291,7 +296,7 @@ def simulate(
         The steps and the verdict; without steps if `peak` alone is larger than `room`.
 
     Raises:
-        InputError: A number is negative, or there is nothing to simulate.
+        InputError: A number is out of range, or there is nothing to simulate.
     """
     for name, value in {
         "pages": pages,
@@ -302,10 +307,9 @@ def simulate(
         whole(name, value, 1)
     for name, value in {"peak": peak, "prefetch": prefetch}.items():
         whole(name, value, 0)
-    if not bandwidth > 0:
-        raise InputError(f"bandwidth {bandwidth} is not possible: give bytes per second above 0")
-    if fault_seconds < 0:
-        raise InputError(f"fault_seconds {fault_seconds} is negative: give seconds, 0 or more")
+    above_zero("bandwidth", bandwidth)
+    if fault_seconds != 0:
+        above_zero("fault_seconds", fault_seconds)
 
     if peak > room:
         return Simulation(pages, room, peak, steps=())

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qlora_lab.blockwise import DTYPES, QuantizedTensor, dequantize_4bit, quantize_4bit
 from qlora_lab.bnb_compat import quantize_4bit_bnb
 from qlora_lab.double_quant import QuantizedAbsmax
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs, shown
 from qlora_lab.lora import LoRALinear, find_targets
 
 
@@ -77,7 +77,8 @@ class QuantizedLinear(nn.Module):
         compute_dtype: Dtype of the multiplication; None: that of the input.
 
     Raises:
-        InputError: The weight is not 2-D, or `compute_dtype` is not fp32, fp16 or bf16.
+        InputError: The weight is not quantized or not 2-D, the bias no tensor, or `compute_dtype`
+            is not fp32, fp16 or bf16.
     """
 
     def __init__(
@@ -87,16 +88,22 @@ class QuantizedLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(quantized, QuantizedTensor):
+            raise InputError(
+                f"a weight {shown(quantized)} is not possible; give what quantize_4bit returned"
+            )
         if len(quantized.shape) != 2:
             raise InputError(f"a weight of shape {tuple(quantized.shape)} is not (out, in)")
         if compute_dtype not in (None, *DTYPES):
-            raise InputError(f"compute_dtype={compute_dtype}: use float32, float16 or bfloat16")
+            raise InputError(f"compute_dtype={compute_dtype!r}: use float32, float16 or bfloat16")
         self.out_features, self.in_features = quantized.shape
         self.compute_dtype = compute_dtype
         self._spec, parts = _take_apart(quantized)
         for name, part in parts.items():
             self.register_buffer(name, part)
         self._part_names = tuple(parts)
+        if bias is not None:
+            needs("tensor", bias, "bias")
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -207,6 +214,8 @@ class QLoRALinear(LoRALinear):
         Raises:
             InputError: A value is outside what is allowed above, or the weight is not finite.
         """
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"a layer {shown(linear)} is not possible; give an nn.Linear")
         quantized = quantize_weight(linear.weight, blocksize, codebook, double_quant)
         layer = cls(quantized, linear.bias, r, alpha, compute_dtype, dropout, rslora, adapter)
         return layer.train(linear.training)
@@ -264,8 +273,8 @@ def quantize_weight(
     Raises:
         InputError: A value is outside what is allowed above.
     """
-    if double_quant not in (False, True, "bnb"):
-        raise InputError(f"double_quant={double_quant!r}: use True, False or 'bnb'")
+    if not isinstance(double_quant, bool) and double_quant != "bnb":
+        raise InputError(f"double_quant={shown(double_quant)}: use True, False or 'bnb'")
     if double_quant == "bnb":
         return quantize_4bit_bnb(weight, blocksize, codebook)
     return quantize_4bit(weight, blocksize, codebook, double_quant)

@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, needs
 from qlora_lab.provenance import provenance
 
 PACKAGE = Path(__file__).resolve().parent
@@ -46,14 +46,18 @@ def results(name: str) -> dict[str, Any]:
         A file's content; of a folder, the content of each `.json` file in it by its stem.
 
     Raises:
-        InputError: There is no such file or folder.
+        InputError: There is no such file or folder, or no results in it.
     """
+    needs("path", name, "results")
     for root in RESULTS:
         path = root / name
-        if path.is_file():
+        if path.is_file() and path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         if path.is_dir():
             files = sorted(path.glob("*.json"))
+            if not files:
+                below = ", ".join(sorted(f"{name}/{each.name}" for each in path.iterdir()))
+                raise InputError(f"results/{name} holds no results itself; choose from {below}")
             return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     raise InputError(f"results/{name} is not there: run the experiment that makes it, or pull")
 

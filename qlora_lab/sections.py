@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, shown
 
 FILE = Path(__file__).resolve().parent / "assets" / "sections.json"
 HEADING = re.compile(r"^## (?:(\d+)\.? )?(.+)$", re.MULTILINE)
@@ -37,6 +37,8 @@ def checkpoint(section: str, namespace: dict[str, Any] | None = None) -> None:
     Raises:
         InputError: There is no such chapter or section, or no notebook to bring the names to.
     """
+    if not isinstance(namespace, dict | None):
+        raise InputError(f"namespace {shown(namespace)} is not possible; give a dictionary")
     chapter, number = _find(section)
     if namespace is None:
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -59,7 +61,9 @@ def _find(section: str) -> tuple[dict[str, Any], int]:
     chapters = _chapters()
     match = re.fullmatch(r"(\d+)\.(\d+)", str(section))
     if match is None:
-        raise InputError(f'{section!r} is no section; write chapter and section, such as "4.3"')
+        raise InputError(
+            f'{shown(section)} is no section; write chapter and section, such as "4.3"'
+        )
     chapter = chapters.get(match[1])
     if chapter is None:
         raise InputError(f"there is no chapter {match[1]}; there are {', '.join(chapters)}")

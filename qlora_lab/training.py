@@ -22,12 +22,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_lab import distributed, recorded
 from qlora_lab.data import collator, encode_rows, load_orders
-from qlora_lab.errors import InputError, above_zero, whole
-from qlora_lab.evaluation import Score, evaluate_orders
+from qlora_lab.errors import InputError, above_zero, needs, share, shown, texts_of, whole
+from qlora_lab.evaluation import Score, evaluate_orders, graded_rows
 from qlora_lab.loading import (
     EMBEDDED,
     Loaded,
@@ -48,6 +48,7 @@ from qlora_lab.loading import (
     portable_name,
     quiet,
 )
+from qlora_lab.lora import unmatched
 from qlora_lab.orders import GRADES
 from qlora_lab.provenance import provenance
 
@@ -56,6 +57,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHODS = {"qlora": 4, "8bit": 8, "lora": 16, "full": 16}
+# Those of transformers that need no further setting and no evaluation in between.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 STEPS = 340  # enough for the orders on the embedded model
 BATCH_SIZE = 8  # for the same time, twice the steps of 16 rows taught more
 # On the embedded model a large scale with a small rate (256 / 16 at 1e-3) learns the task in a
@@ -181,16 +192,30 @@ def attach_adapter(
         The `PeftModel`, with its adapter parameters in float32 and requiring gradients.
 
     Raises:
-        InputError: If the rank is not between 1 and the smallest layer dimension, the dropout is
-            no probability, alpha is not above 0, or no layer has the names asked for.
+        InputError: If the model carries an adapter already, the rank is not between 1 and the
+            smallest layer dimension, the dropout is no probability, alpha is not above 0, or no
+            layer has one of the names asked for.
 
     Source:
         Hu et al. 2021 (LoRA), section 4; Dettmers et al. 2023 (QLoRA), section 4: all layers.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    check_adapter(model, r, 1.0 if alpha is None else alpha, dropout)
     alpha = ALPHA_OVER_R * r if alpha is None else alpha
-    check_adapter(model, r, alpha, dropout)
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise InputError(
+            "the model carries an adapter already, which a second would wrap; reload it"
+        )
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    if not isinstance(targets, str):
+        needs("texts", targets, "targets")
+        lost = unmatched(targets, linear)
+        if lost and len(lost) < len(targets):  # PEFT would leave these out without a word
+            raise InputError(
+                f"of the targets, no layer is called {lost}; the linear layers are {names}"
+            )
     if getattr(model, "is_quantized", False):
         # It freezes the base and holds norms, embedding and head in float32 for stability.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -206,12 +231,10 @@ def attach_adapter(
     try:
         with quiet():
             return get_peft_model(model, config)
-    except ValueError as error:
-        linear = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
-        names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    except (ValueError, re.error):
         raise InputError(
             f"no layer can be adapted by targets={targets!r}; the linear layers are {names}"
-        ) from error
+        ) from None
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -220,9 +243,14 @@ def recompute_activations(model: PreTrainedModel) -> None:
     Args:
         model: Changed in place.
 
+    Raises:
+        InputError: If this is no transformers model.
+
     Source:
         Chen et al. 2016 (Training Deep Nets with Sublinear Memory Cost).
     """
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise InputError(f"a model {shown(model)} is not possible; give load_model's .model")
     with quiet():
         # The reentrant kind would need an input that requires gradients.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -238,17 +266,19 @@ def check_adapter(model: torch.nn.Module, r: int, alpha: float, dropout: float =
         dropout: A probability, 0 to less than 1.
 
     Raises:
-        InputError: If one of them is outside.
+        InputError: If one of them is outside, or this is no model with linear layers.
     """
-    smallest = min(
+    needs("model", model)
+    widths = [
         min(m.in_features, m.out_features)
         for name, m in model.named_modules()
         if hasattr(m, "in_features") and "lm_head" not in name
-    )
-    whole("rank", r, 1, smallest)
+    ]
+    if not widths:
+        raise InputError("the model has no linear layer: there is nothing to put an adapter on")
+    whole("rank", r, 1, min(widths))
     above_zero("alpha", alpha)
-    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise InputError(f"dropout {dropout!r} is not possible; choose 0 to less than 1")
+    share("dropout", dropout)
 
 
 def train(
@@ -282,7 +312,7 @@ def train(
         accumulation: Forward passes for an optimizer step.
         lr: Highest learning rate.
         warmup: Steps over which the rate rises from zero.
-        schedule: Shape of the rate afterwards, as transformers names it.
+        schedule: Shape of the rate afterwards, one of `SCHEDULES`.
         max_grad_norm: Gradients with a larger norm are scaled down to it.
         optim: Any of the Trainer's optimizers, such as "paged_adamw_8bit".
         max_length: Longest row in tokens; a longer one is an error, never cut.
@@ -302,8 +332,18 @@ def train(
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
+    needs("model", model)
+    needs("tokenizer", tokenizer)
     _check_numbers(steps, batch_size, accumulation, lr, seed, save_every)
+    whole("warmup", warmup, 0)
+    above_zero("max_grad_norm", max_grad_norm)
     _check_optimizer(optim)
+    if schedule not in SCHEDULES:
+        raise InputError(
+            f"schedule {shown(schedule)} is unknown; choose from {', '.join(SCHEDULES)}"
+        )
+    if output is not None:
+        needs("path", output, "output")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise InputError("nothing is trainable; attach an adapter, or train all weights")
@@ -437,9 +477,9 @@ def _check_numbers(
 def _check_optimizer(optim: str) -> None:
     from transformers.training_args import OptimizerNames
 
-    if optim not in [name.value for name in OptimizerNames]:
+    if not isinstance(optim, str) or optim not in [name.value for name in OptimizerNames]:
         raise InputError(
-            f"optim {optim!r} is unknown; choose one of the Trainer's, such as adamw_torch, "
+            f"optim {shown(optim)} is unknown; choose one of the Trainer's, such as adamw_torch, "
             "paged_adamw_32bit, paged_adamw_8bit or sgd"
         )
 
@@ -498,7 +538,12 @@ def last_complete_checkpoint(folder: str | Path | None) -> Path | None:
 
     Returns:
         The newest complete one, or None.
+
+    Raises:
+        InputError: If this is no path.
     """
+    if folder is not None:
+        needs("path", folder, "folder")
     complete = {}
     processes = _processes_of(folder)
     for path in Path(folder).glob("checkpoint-*") if folder is not None else ():
@@ -554,9 +599,11 @@ def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
     Source:
         Dettmers et al. 2023 (QLoRA), appendix B.2: 2e-4 and alpha 16 for 7B and 13B.
     """
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+    if method not in tuple(METHODS):
+        raise InputError(f"method {shown(method)} is unknown; choose from {', '.join(METHODS)}")
     whole("rank", r)
+    if name is not None:
+        needs("path", name, "model")
     if portable_name(EMBEDDED if name is None else name) == EMBEDDED:
         return LEARNING_RATE[method], ALPHA_OVER_R * r
     return PAPER_LEARNING_RATE[method], PAPER_ALPHA
@@ -631,6 +678,15 @@ def finetune(
     _check_optimizer(optim)
     if (save_every or resume) and output is None:
         raise InputError("checkpoints need a folder; give output=...")
+    above_zero("alpha", alpha)
+    share("dropout", dropout)
+    if rows is not None:
+        needs("rows", rows)
+        rows = list(rows)  # looked at twice
+        for row in rows:
+            texts_of(row, "text", "answer")
+    if tests is not None:
+        graded_rows(tests)
     if shard:
         _check_shard(method, bool(save_every or resume))
     distributed.start(device)
@@ -737,6 +793,7 @@ def check_output(output: str | Path, resume: bool = False) -> Path:
         InputError: If it holds a finished run, is not empty (without `resume`), is no folder, or
             holds no complete checkpoint (with `resume`).
     """
+    needs("path", output, "output")
     folder = Path(output)
     if (folder / "result.json").exists():
         raise InputError(f"{folder} already holds a finished run; choose another --output")
@@ -774,10 +831,10 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> No
             with file.open("x", encoding="utf-8") as out:
                 json.dump(settings, out, indent=1)
             return
-    except FileExistsError as error:
-        raise InputError(f"{folder} belongs to another run; choose another --output") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be used; choose another --output") from error
+    except FileExistsError:
+        raise InputError(f"{folder} belongs to another run; choose another --output") from None
+    except (OSError, ValueError):
+        raise InputError(f"{file} cannot be used; choose another --output") from None
     rows, begun_rows = _rows_a_step(settings), _rows_a_step(begun)
     if rows != begun_rows:
         raise InputError(
@@ -854,6 +911,7 @@ def load_adapter(folder: str | Path, name: str | Path | None = None, **loading: 
     """
     from peft import PeftModel
 
+    needs("path", folder, "adapter")
     folder = Path(folder)
     if (folder / "adapter").is_dir():
         folder = folder / "adapter"
@@ -864,12 +922,12 @@ def load_adapter(folder: str | Path, name: str | Path | None = None, **loading: 
         raise InputError(f"{folder} holds no adapter; give the adapter folder of a finished run")
     try:
         named = json.loads(config.read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{config} is damaged: it names no base model") from error
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{config} is damaged: it names no base model") from None
     loaded = load_model(named if name is None else name, **loading)
     try:
         with quiet():
             model = PeftModel.from_pretrained(loaded.model, str(folder))
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} does not fit {loaded.report.name}; is it the base?") from error
+    except (RuntimeError, ValueError, SafetensorError):
+        raise InputError(f"{folder} does not fit {loaded.report.name}; is it the base?") from None
     return Loaded(model.eval(), loaded.tokenizer, loaded.report)

@@ -82,6 +82,18 @@ def test_every_method_has_three_seeds_of_equal_length():
     )
 
 
+def test_what_the_page_reads_from_the_table_holds_in_every_seed():
+    loss = {name: row["validation_loss"] for name, row in next_.summarise(ROOT / next_.OUT).items()}
+
+    def above(name):
+        return [a - b for a, b in zip(loss[name], loss["qlora"], strict=True)]
+
+    assert max(map(abs, above("dora") + above("8bit"))) < 0.01
+    assert min(above("loftq")) > 0.05
+    assert [round(x, 2) for x in sorted(above("qlora-50rows"))] == [0.01, 0.04, 0.07]
+    assert max(above("qlora-400rows")) < 0
+
+
 def test_the_path_rule_can_fail():
     assert NAMED.findall("see `experiments/faults/none_such.py`") == [
         "experiments/faults/none_such.py"

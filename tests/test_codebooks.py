@@ -149,7 +149,7 @@ def test_midpoints_are_32_bit_floats_between_sorted_neighbours():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: normal_float(1), "bits=1: a codebook here has 2 to 8 bits"),
+        (lambda: normal_float(1), "bits 1 is not possible; give a whole number from 2 to 8"),
         (lambda: normal_float(9), "2 to 8"),
         (lambda: paper_eq4(0), "2 to 8"),
         (lambda: int_codebook(16), "2 to 8"),

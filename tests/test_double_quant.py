@@ -95,7 +95,7 @@ def test_to():
         (torch.zeros(2, 2), 256, "non-empty vector"),
         (torch.tensor([1.0, float("nan")]), 256, "NaN or infinity"),
         (torch.tensor([3e38, 3e38]), 256, "overflows"),
-        (torch.ones(3), 0, "blocksize=0"),
+        (torch.ones(3), 0, "blocksize 0 is not possible; give a whole number from 1 on"),
     ],
 )
 def test_bad_input_is_one_line(absmax, blocksize, words):

@@ -554,7 +554,7 @@ def test_the_config_is_not_changed():
         ({"r": 65}, "rank 65 is larger than a layer of 64 -> "),
         ({"batch": -1}, "batch -1"),
         ({"sequence": 0}, "sequence 0"),
-        ({"blocksize": 48}, "blocksize 48"),
+        ({"blocksize": 48}, "blocksize=48: use a power of two from 32 to 4096"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"optimizer": "sgd"}, "optimizer 'sgd'"),
         ({"dropout": 1.0}, "dropout 1.0"),

@@ -82,7 +82,12 @@ def anchors(path: Path) -> set[str]:
         text = path.read_text(encoding="utf-8")
     text = re.sub(r"^```python.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     found = {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-    return found | {"term-" + re.sub(r"[ -]+|\(\)", "-", t).strip("-") for t in terms(text)}
+    return found | {term_anchor(term) for term in terms(text)}
+
+
+def term_anchor(term: str) -> str:
+    """The anchor of a glossary's term, as Sphinx makes it."""
+    return "term-" + re.sub(r"[ -]+|\(\)", "-", term).strip("-")
 
 
 def terms(text: str) -> dict[str, str]:
@@ -326,6 +331,138 @@ def test_a_glossarys_reference_to_a_term_is_one():
             assert term.lower() in found, f"{path.name}: {term}"
 
 
+# Links to the glossary and the toolbox
+
+# What the chapters also call a term.
+ALSO = {
+    "fp16": "float16",
+    "gradient checkpointing": "checkpointing",
+    "LLM.int8()": "LLM.int8",
+    "paged optimizer": "paging",
+}
+NOT_PROSE = (
+    r"^(```|~~~)[\s\S]*?^\1",
+    r"\$\$[\s\S]*?\$\$",
+    r"(?<!\\)\$[^$\n]+(?:\n[^$\n]+)?(?<!\\)\$",
+    r"`[^`]*`",
+    r"^#+ .*$",
+    r"<summary>[\s\S]*?</summary>",
+    r"<[^>\n]+>",
+)
+OTHER_MEANINGS = r"\b(a|the|that) moment\b|\boff the page\b"
+EVERYDAY = {"learning rate", "padding", "seed"}  # for anyone who has trained with PyTorch
+
+
+def blank(pattern: str, text: str) -> str:
+    """Put spaces in place of what matches, so that all else stays where it is."""
+    return re.sub(pattern, lambda m: re.sub(r"\S", " ", m[0]), text, flags=re.MULTILINE)
+
+
+def links_and_prose(sources: list[str]) -> tuple[list[tuple[int, str]], str]:
+    """Return the links to glossary and toolbox with their places, and a chapter's running text.
+
+    The opening cell and the tables are no running text, but a link in them is one. The summary
+    and what follows it repeat the chapter and are left out.
+    """
+    text = "\n\n".join(sources).split("\n## Summary")[0]
+    for pattern in NOT_PROSE:
+        text = blank(pattern, text)
+    target = r"\[[^\]]*\]\(\.\./book/((?:glossary|toolbox)\.md#[^)\s]+)\)"
+    links = [(m.start(), m[1]) for m in re.finditer(target, text)]
+    text = blank(r"\[[^\]]*\]\([^()\s]+(?:\([^()]*\))?\)", text)
+    text = blank(OTHER_MEANINGS, blank(r"^\|.*$", text))
+    return links, " " * len(sources[0]) + text[len(sources[0]) :]
+
+
+def spellings(term: str) -> str:
+    """Return a pattern for a term as a whole word: as it is, in the plural, or hyphenated."""
+    names = [re.escape(name).removesuffix("s") for name in (term, ALSO.get(term, term))]
+    case = "" if re.search("[A-Z]", term) else "i"
+    forms = "|".join(names).replace(r"\ ", r"[\s>-]+")
+    return rf"(?<![\w-])(?{case}:{forms})s?(?!-?\w)"
+
+
+def first_uses(text: str) -> dict[str, int]:
+    """Return the terms that a text uses with their first places; of "low rank", not "rank"."""
+    found = {}
+    for term in sorted(terms(page("glossary")), key=len, reverse=True):
+        if match := re.search(spellings(term), text):
+            found[term] = match.start()
+            text = blank(spellings(term), text)
+    return found
+
+
+def badly_linked(sources: list[str], chapter: int) -> list[str]:
+    """Return the terms that a chapter uses before it links them, links twice, or only teaches."""
+    links, text = links_and_prose(sources)
+    used = first_uses(text)
+    problems = []
+    for term, entry in terms(page("glossary")).items():
+        own = [at for at, link in links if link == f"glossary.md#{term_anchor(term)}"]
+        box = [at for at, link in links if f"({link})" in entry]
+        if len(own) > 1:
+            problems.append(f"{term}: linked {len(own)} times")
+        if f"][{chapter}]" in entry and not own + box:
+            problems.append(f"{term}: taught, not linked")
+        if own and term in used and used[term] < min(own + box):
+            problems.append(f"{term}: used before its link")
+    return problems
+
+
+def markdown(path: Path) -> list[str]:
+    return [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+
+
+LINKED = {path.name: {to for _, to in links_and_prose(markdown(path))[0]} for path in chapters()}
+
+
+def test_every_term_of_the_glossary_is_linked_from_a_chapter():
+    linked = set().union(*LINKED.values())
+    missing = [t for t in terms(page("glossary")) if f"glossary.md#{term_anchor(t)}" not in linked]
+    assert missing == []
+
+
+def test_no_chapter_uses_a_term_that_was_not_linked_until_then():
+    linked, problems = set(), []
+    for path in chapters():
+        linked |= LINKED[path.name]
+        for term in first_uses(links_and_prose(markdown(path))[1]).keys() - EVERYDAY:
+            boxes = re.findall(r"\((toolbox\.md#[\w-]+)\)", terms(page("glossary"))[term])
+            if not linked & {f"glossary.md#{term_anchor(term)}", *boxes}:
+                problems.append(f"{path.name}: {term}")
+    assert problems == []
+
+
+@pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
+def test_a_chapter_links_a_term_where_it_first_uses_it(path):
+    assert badly_linked(markdown(path), int(path.name[:2])) == []
+
+
+def test_planted_faults_of_links_to_terms_are_found():
+    path = next(path for path in chapters() if path.name.startswith("11"))
+    sources = markdown(path)
+    assert badly_linked(sources, 11) == []
+    for planted, fault in {
+        "a `rank`, $rank$": None,
+        "an effective rank": None,
+        "ranks": "rank: used before its link",
+        "low\n> Rank": None,
+        "[ranks](../book/glossary.md#term-rank)": "rank: linked 2 times",
+    }.items():
+        ending = "[rank](../book/glossary.md#term-rank)"
+        found = badly_linked([*sources[:1], planted, ending, *sources[1:]], 11)
+        assert found == ([fault] if fault else []), planted
+    unlinked = [re.sub(r"\[DDP\]\([^)]*\)", "DDP", source) for source in sources]
+    assert badly_linked(unlinked, 11) == ["DDP: taught, not linked"]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_a_box_names_the_chapters_that_link_it(box):
+    (body,) = [b for b in page("toolbox").split("\n## ")[1:] if b.startswith(f"{box}\n")]
+    named = re.findall(r"\.\./notebooks/(\w+\.ipynb)\)", body.split("*Used in*")[1])
+    assert named == [name for name, to in LINKED.items() if f"toolbox.md#{slug(box)}" in to]
+
+
 # Cheat sheet
 
 
@@ -408,9 +545,11 @@ def test_the_cheat_sheets_formulas():
 
 def test_the_cheat_sheets_lines_run_and_their_remarks_on_defaults_are_true(tmp_path):
     import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     from transformers import BitsAndBytesConfig, TrainingArguments
+
+    from qlora_lab.loading import load_model
 
     (code,) = re.findall(r"```python\n(.*?)```", page("cheat_sheet"), re.DOTALL)
     assert all(len(line) <= 76 for line in code.splitlines())
@@ -420,8 +559,12 @@ def test_the_cheat_sheets_lines_run_and_their_remarks_on_defaults_are_true(tmp_p
 
     # A machine without a card refuses bf16=True; the line is for one with a card.
     code = code.replace('"out"', repr(str(tmp_path))).replace("bf16=True", "use_cpu=True")
-    names = {"torch": torch, "tokenizer": Tokenizer()}
-    exec(code, names | {c.__name__: c for c in (BitsAndBytesConfig, LoraConfig, TrainingArguments)})
+    names = {c.__name__: c for c in (BitsAndBytesConfig, LoraConfig, TrainingArguments)}
+    names |= {f.__name__: f for f in (get_peft_model, prepare_model_for_kbit_training)}
+    names |= {"torch": torch, "tokenizer": Tokenizer(), "model": load_model(bits=4).model}
+    exec(code, names)
+    trained = {n for n, p in names["model"].named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
 
     default = BitsAndBytesConfig(load_in_4bit=True)
     assert default.bnb_4bit_quant_type == "fp4" and not default.bnb_4bit_use_double_quant

@@ -12,7 +12,17 @@ from pathlib import Path, PureWindowsPath
 import nbformat
 import pytest
 
-from tools import book, bootstrap_cell, check, environment, lock, notebooks, run_notebooks, set_url
+from tools import (
+    book,
+    bootstrap_cell,
+    check,
+    environment,
+    lock,
+    notebooks,
+    other_model,
+    run_notebooks,
+    set_url,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -576,3 +586,19 @@ def test_the_lock_leaves_out_what_would_bind_others():
     assert "torch==2.13.0" in lines and "Jinja2==3.1.6" in lines
     assert not [line for line in lines if line.startswith(("torchao", "qlora", "nvidia"))]
     assert lines == sorted(lines, key=str.lower)
+
+
+def test_each_chapter_that_uses_a_model_has_one_place_to_change_it():
+    places = {
+        path.name[:2]: other_model.with_model(notebooks.read(path), "another")
+        for path in notebooks.chapters()
+    }
+    assert places == dict.fromkeys(places, 1) | {"12": 0}
+
+
+def test_the_other_model_is_another_architecture_that_the_chapters_can_load(tmp_path):
+    from qlora_lab.loading import load_model
+
+    other_model.make_model(tmp_path)
+    model = load_model(tmp_path, bits=4).model
+    assert model.config.model_type == "qwen2" != load_model().model.config.model_type
