@@ -65,7 +65,7 @@ clean: ## remove what was built; environments and your runs stay
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	rm -rf $(ENV) $(BOOK_ENV)
+	rm -rf $(ENV) $(BOOK_ENV) .bench-site
 
 # Not in the list: the environments. They re-install only when a requirement changes.
 env:

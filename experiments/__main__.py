@@ -20,8 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
-
 from qlora_lab.provenance import provenance
 
 OUT = Path("results/cpu")
@@ -69,7 +67,7 @@ def main() -> int:
     good = all(well for _, well in found.values())
     good &= all(run((name,))[1] for name in SUMMARIES)
     wall = time.monotonic() - start
-    times = psutil.Process().cpu_times()
+    times = os.times()
     cpu = times.children_user + times.children_system
     print(f"{wall / 60:6.1f} min in all, {cpu / 60:.1f} of processor time")
     if good and nothing_there:

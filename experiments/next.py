@@ -206,9 +206,7 @@ def table(summary: dict) -> str:
     for name, title in TITLES.items():
         row = summary[name]
         loss = " ".join(f"{x:.2f}" for x in row["validation_loss"])
-        lines.append(
-            f"| {title} | {row['trainable']:,} | {loss} |"
-        )
+        lines.append(f"| {title} | {row['trainable']:,} | {loss} |")
     return "\n".join(lines)
 
 

@@ -229,8 +229,6 @@ def quantize_4bit(
         raise InputError(f"double_quant={shown(double_quant)}: use True or False")
     flat = weight.detach().reshape(-1)
     packed, absmax = _quantize_flat(flat, blocksize, values, compiled)
-    if not torch.isfinite(absmax).all():
-        raise InputError(NOT_FINITE)
     scales = quantize_absmax(absmax) if double_quant else absmax
     return QuantizedTensor(packed, scales, weight.shape, weight.dtype, blocksize, name)
 
@@ -259,7 +257,7 @@ def dequantize_4bit(
         raise InputError(f"{shown(quantized)} is no QuantizedTensor; give what quantize_4bit gave")
     dtype = quantized.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r}: dequantize to float32, float16 or bfloat16")
+        raise InputError(f"dtype={shown(dtype)}: dequantize to float32, float16 or bfloat16")
     weights = quantized.shape.numel()
     flat = _dequantize_flat(
         quantized.packed,
@@ -318,19 +316,19 @@ def quantize_codes(flat: Tensor, blocksize: int, values: Sequence[float]) -> tup
         float32 of shape (ceil(weights / blocksize),).
 
     Raises:
-        InputError: If the weights are no vector of numbers, empty or not finite; if the block size
+        InputError: If the weights are no vector of numbers or not finite; if the block size
             or the values are none of the above.
     """
     needs("tensor", flat, "flat")
-    if flat.dim() != 1 or flat.numel() == 0 or not flat.is_floating_point():
+    if flat.dim() != 1 or not flat.is_floating_point():
         shape = tuple(flat.shape)
         raise InputError(f"weights of shape {shape}, {flat.dtype}: give a vector of real numbers")
     weights = flat.numel()
-    usual = isinstance(blocksize, Integral) and blocksize > 1 and not blocksize & (blocksize - 1)
-    if not usual and (blocksize != weights or isinstance(blocksize, float)):
+    power = isinstance(blocksize, Integral) and blocksize > 1 and not blocksize & (blocksize - 1)
+    if not power and not (isinstance(blocksize, Integral) and blocksize == weights):
         raise InputError(
-            f"blocksize={shown(blocksize)}: use a power of two, as all kernels do, or {weights} for a "
-            "single scale"
+            f"blocksize={shown(blocksize)}: use a power of two as all kernels do, or {weights} "
+            "for a single scale"
         )
     values = codebooks.numbers(values)
     flat = flat.float()
@@ -403,6 +401,8 @@ def _quantize_flat(
         full = flat.numel() // blocksize * blocksize
         result = _kernels.quantize(flat[:full], blocksize, borders)
         if result is not None:  # None: no compiler here
+            if not torch.isfinite(result[1]).all():
+                raise InputError(NOT_FINITE)
             done = full
             packed.append(result[0])
             absmax.append(result[1])

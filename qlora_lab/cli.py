@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -187,10 +188,20 @@ def _show(result, asked: bool) -> None:
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     print(f"\nthe {what} is in {folder.as_posix()} ({size / 1e6:.2f} MB)")
     if what == "adapter" and asked:
+        called = typed()
         print("what to do next")
-        print(f'  qlora-lab ask "three small teas for Zoe" --adapter {folder.as_posix()}')
-        print("  qlora-lab finetune --method full    # what does training every weight add?")
-        print("  qlora-lab finetune --r 1            # how little is enough?")
+        print(f'  {called} ask "three small teas for Zoe" --adapter {folder.as_posix()}')
+        print(f"  {called} finetune --method full    # what does training every weight add?")
+        print(f"  {called} finetune --r 1            # how little is enough?")
+
+
+def typed() -> str:
+    """Return how this command is typed here: by its name, or where `make run` has put it."""
+    if shutil.which("qlora-lab"):
+        return "qlora-lab"
+    python = Path(sys.executable)
+    here = Path.cwd()
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m qlora_lab"
 
 
 def _ask(arguments: argparse.Namespace) -> None:

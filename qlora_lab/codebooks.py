@@ -73,6 +73,8 @@ def numbers(values: Iterable[float], most: int = 256) -> tuple[float, ...]:
         InputError: One is no number or NaN, or there are too few or too many.
     """
     try:
+        if isinstance(values, str):
+            raise TypeError
         found = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise InputError(
@@ -235,7 +237,7 @@ def l1_optimal(blocksize: int, bits: int = 4) -> tuple[float, ...]:
         Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)", section 4.
     """
     _check_bits(bits)
-    if blocksize not in _FITTED or not isinstance(blocksize, Integral):
+    if not isinstance(blocksize, Integral) or blocksize not in _FITTED:
         raise InputError(
             f"blocksize={shown(blocksize)}: a codebook is fitted to a power of two from 2 to 4096, "
             "because weights are quantized in no other blocks"

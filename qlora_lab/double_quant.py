@@ -73,8 +73,8 @@ def quantize_absmax(absmax: Tensor, blocksize: int = BLOCKSIZE) -> QuantizedAbsm
         A `QuantizedAbsmax` of `scales` bytes, `ceil(scales / blocksize)` floats and an offset.
 
     Raises:
-        InputError: If `absmax` is no float32 vector, empty or not finite; if `blocksize` is no whole
-            number from 1 on.
+        InputError: If `absmax` is no float32 vector, empty or not finite; if `blocksize` is no
+            whole number from 1 on.
 
     Source:
         Dettmers et al., "QLoRA", section 3, Double Quantization.

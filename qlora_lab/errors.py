@@ -91,7 +91,7 @@ _KINDS = {
             and not isinstance(value, str | bytes | Mapping)
             and all(isinstance(text, str) for text in value)
         ),
-        "a list of texts, such as ['a tea for Anna'], also for a single one",
+        "a list of texts, with [...] around a single one, too",
     ),
     "rows": (
         lambda value: isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping),
@@ -120,9 +120,10 @@ def needs(kind: str, value: object, name: str | None = None) -> None:
 def shown(value: object) -> str:
     """Show a value in a few words on one line: a model or a tensor by its type alone."""
     if type(value) in (list, tuple, dict, set):
-        return reprlib.repr(value)
-    plain = isinstance(value, str | bytes | Real | os.PathLike) or value is None
-    return repr(value)[:80] if plain else f"of type {type(value).__name__}"
+        return " ".join(reprlib.repr(value).split())[:80]
+    kind = type(value).__name__
+    plain = isinstance(value, str | bytes | Real | os.PathLike) or value is None or kind == "dtype"
+    return repr(value)[:80] if plain else f"of type {kind}"
 
 
 def texts_of(row: object, *names: str) -> list[str]:

@@ -124,7 +124,7 @@ def choose_dtype(device: str) -> tuple[torch.dtype, str]:
     Raises:
         InputError: The device is another.
     """
-    if device not in ("cpu", "cuda"):
+    if not isinstance(device, str) or device not in ("cpu", "cuda"):
         raise InputError(f"device {shown(device)} is unknown; choose cpu or cuda")
     if device == "cpu":
         return torch.float32, "a CPU; 16-bit checkpoint values are exact in float32"
@@ -172,9 +172,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = device or default_device()
+    device = default_device() if device is None else device
     dtype, reason = choose_dtype(device)
-    _check(bits, device, quant_type, compute_dtype)
+    _check(bits, device, quant_type, (compute_dtype, quant_storage))
     name = _find(name)
     if compute_dtype is not None:
         dtype, reason = compute_dtype, "it was asked for"
@@ -279,8 +279,8 @@ def cannot_load(name: str, error: Exception) -> InputError:
 _HINT = "give a folder with config.json, or a hub name while there is a network"
 
 
-def _check(bits: int, device: str, quant_type: str, compute_dtype: torch.dtype | None) -> None:
-    if bits not in BITS or not isinstance(bits, int):
+def _check(bits: int, device: str, quant_type: str, dtypes: tuple) -> None:
+    if not isinstance(bits, int) or bits not in BITS:
         raise InputError(
             f"bits={shown(bits)} is not possible; choose 4, 8 or 16, which bitsandbytes can store"
         )
@@ -288,11 +288,13 @@ def _check(bits: int, device: str, quant_type: str, compute_dtype: torch.dtype |
         raise InputError("no CUDA device is present; use device='cpu'")
     if quant_type not in ("nf4", "fp4"):
         raise InputError(f"quant_type {shown(quant_type)} is unknown; choose nf4 or fp4")
-    if compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(
-            f"compute_dtype {compute_dtype!r} is not possible; choose torch.float32, "
-            "torch.float16 or torch.bfloat16"
-        )
+    compute, storage = dtypes
+    for name, dtype, least in (("compute", compute, None), ("storage", storage, torch.uint8)):
+        if dtype not in (least, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"the {name} dtype {shown(dtype)} is not possible; choose "
+                f"{'torch.uint8, ' if least else ''}torch.float32, torch.float16 or torch.bfloat16"
+            )
 
 
 def _quantization(bits, quant_type, double_quant, dtype, storage):
@@ -348,8 +350,9 @@ def give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer: Changed in place where it has no padding token or uses its end token.
 
     Raises:
-        InputError: If the vocabulary has no spare token.
+        InputError: If the vocabulary has no spare token, or this is no tokenizer.
     """
+    needs("tokenizer", tokenizer)
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return
     vocabulary = tokenizer.get_vocab()

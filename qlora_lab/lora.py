@@ -417,6 +417,8 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     from safetensors.torch import save_file
 
     needs("path", directory, "directory")
+    if not isinstance(name, str):
+        raise InputError(f"adapter name {shown(name)} is not possible; give a text")
     layers = _known(lora_layers(model), name)
     settings = {path: layer.adapters[name] for path, layer in layers.items()}
     if len({(a.alpha, a.dropout, a.rslora) for a in settings.values()}) > 1:
@@ -581,7 +583,8 @@ def _check_adapter(layer: nn.Module, name: str, adapter: Adapter) -> None:
     if not whole_number or not 1 <= adapter.r <= highest:
         raise InputError(
             f"rank {shown(adapter.r)} is not allowed: "
-            f"a {layer.in_features} -> {layer.out_features} layer takes a whole number from 1 to {highest}"
+            f"a {layer.in_features} -> {layer.out_features} layer "
+            f"takes a whole number from 1 to {highest}"
         )
     above_zero("alpha", adapter.alpha)
     share("dropout", adapter.dropout)

@@ -312,7 +312,7 @@ def adam_bytes(numel: int, bits: int = 32) -> int:
         bitsandbytes `optim/optimizer.py`, `Optimizer2State.init_state`.
     """
     whole("numel", numel, 0)
-    if bits not in (8, 32):
+    if not isinstance(bits, int) or bits not in (8, 32):
         raise InputError(
             f"bits={shown(bits)} is not possible; give 32 or 8, the Adams that bitsandbytes has"
         )
@@ -945,7 +945,7 @@ def _config(config: PretrainedConfig | str) -> PretrainedConfig:
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     names = ("bfloat16", "float16", "float32")
-    name = str(dtype).removeprefix("torch.")
+    name = (dtype if isinstance(dtype, str) else shown(dtype)).removeprefix("torch.")
     if name not in names:
         raise InputError(f"dtype {name!r} is not possible here: give one of {', '.join(names)}")
     return getattr(torch, name)

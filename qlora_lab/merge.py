@@ -172,13 +172,15 @@ def save_merged(
         Bytes of the weight files: the old size of the base, whatever the adapter's was.
 
     Raises:
-        InputError: The model still holds 4-bit codes, or the dtype is another.
+        InputError: The model still holds 4-bit codes, or the dtype or the tokenizer is none.
     """
     if four_bit_layers(model):
         raise InputError("the model holds 4-bit codes: merge it first, or save the adapter alone")
     if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r}: store bfloat16, float16 or float32")
+        raise InputError(f"dtype={shown(dtype)}: store bfloat16, float16 or float32")
     needs("path", directory, "directory")
+    if tokenizer is not None:
+        needs("tokenizer", tokenizer)
     directory = Path(directory)
     # A copy, so that the caller's model keeps its precision; `.to` keeps tied weights tied.
     stored = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)

@@ -409,6 +409,7 @@ def make_rows(
             f"grade {shown(grade)} is unknown; choose train or one of {', '.join(GRADES)}"
         )
     whole("count", count)
+    whole("seed", seed, 0)
     rng = random.Random(f"orders/{seed}/{grade}")
     taken = {row[field] for row in avoid for field in ("text", "answer")}
     rows: list[Row] = []
@@ -605,9 +606,10 @@ def memory_rows(count: int, seed: int = 0) -> list[Row]:
         Rows whose "text" is such as "code of the red lamp" and whose "answer" is four digits.
 
     Raises:
-        InputError: If the count is outside 64..4096.
+        InputError: If the count is outside 64..4096, or the seed is no whole number from 0 on.
     """
     whole("count", count, *MEMORY_SIZES)
+    whole("seed", seed, 0)
     rng = random.Random(f"memory/{seed}")
     things = [f"{colour} {thing}" for colour, thing in product(COLOURS, THINGS)]
     rng.shuffle(things)

@@ -26,6 +26,7 @@ Source: Okabe and Ito, Color Universal Design (2008), for the hues; WCAG 2.2, su
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import math
 from bisect import bisect_left
@@ -38,7 +39,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from qlora_lab.errors import InputError
+from qlora_lab.errors import InputError, shown
 
 if TYPE_CHECKING:
     from qlora_lab.memory import Ledger
@@ -106,6 +107,10 @@ STYLE = {
 # Making and showing
 
 
+# What comes of a list where a mapping is meant, or of words where there should be numbers.
+_OF_THE_DATA = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+
+
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Run a drawing function under the course's style, whatever the notebook has set.
 
@@ -116,12 +121,27 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         The function, with the same arguments.
     """
 
+    takes = ", ".join(
+        f"{name}: {each.annotation}"
+        for name, each in inspect.signature(draw).parameters.items()
+        if each.default is each.empty
+    )
+    wants = f"give {takes}" if takes else "see its arguments"
+
     @functools.wraps(draw)
     def wrapper(*args, **kwargs) -> Figure:
         with mpl.rc_context():
             mpl.rcdefaults()
             mpl.rcParams.update(STYLE)
-            return draw(*args, **kwargs)
+            if draw.__module__ != __name__:  # a reader's own: he wants to see where it fails
+                return draw(*args, **kwargs)
+            try:
+                return draw(*args, **kwargs)
+            except InputError:
+                raise
+            except _OF_THE_DATA as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0][:80]
+                raise InputError(f"{draw.__name__} cannot draw this ({reason}); {wants}") from None
 
     return wrapper
 
@@ -158,10 +178,14 @@ def show(figure: Figure, alt: str | None = None) -> None:
         alt: What the picture shows, in a sentence or two; default is `figure.alt`.
 
     Raises:
-        InputError: There is no alternative text.
+        InputError: There is no alternative text, or no figure.
     """
     from IPython.display import display
 
+    if not isinstance(figure, Figure):
+        raise InputError(f"a figure {shown(figure)} is not possible; give what a picture returned")
+    if not isinstance(alt, str | None):
+        raise InputError(f"alt {shown(alt)} is not possible; say in words what the picture shows")
     text = (alt or getattr(figure, "alt", "")).strip()
     if not text:
         raise InputError("this figure has no alternative text: give alt='what the picture shows'")
@@ -271,20 +295,20 @@ def spine(stage: str | None = None, activations: bool = False) -> Figure:
     lit = _LIT_BY_STEP.get(stage, stage)
     if lit is not None and lit not in SLICES:
         names = ", ".join((*SLICES, *STEPS))
-        raise InputError(f"stage {stage!r} is not in the picture: give one of {names}")
+        raise InputError(f"stage {shown(stage)} is not in the picture: give one of {names}")
     activations = activations or lit == "activations"
 
     figure, axes = _figure(3.3, columns=2, sharey=True)
-    shown = [s for s in SLICES if activations or s != "activations"]
+    slices = [s for s in SLICES if activations or s != "activations"]
     models = _spine_ledgers(activations)
     for ax, (title, ledgers) in zip(axes, models.items(), strict=True):
-        _spine_panel(ax, title, ledgers, shown, lit)
+        _spine_panel(ax, title, ledgers, slices, lit)
     axes[0].set_yticks(range(len(STEPS)), STEPS)
     axes[0].invert_yaxis()
     for label in axes[0].get_yticklabels():
         label.set_fontweight("bold" if lit and _LIT_BY_STEP[label.get_text()] == lit else "normal")
 
-    handles = [Patch(label=SLICES[s], **_slice_style(s, lit)) for s in shown]
+    handles = [Patch(label=SLICES[s], **_slice_style(s, lit)) for s in slices]
     if lit == "optimizer":
         style = _slice_style("optimizer", lit) | PAGED
         handles.append(Patch(label="optimizer state that may be paged", **style))
@@ -296,15 +320,15 @@ def spine(stage: str | None = None, activations: bool = False) -> Figure:
 
 
 def _spine_panel(
-    ax: Axes, title: str, ledgers: list[dict[str, float]], shown: list[str], lit: str | None
+    ax: Axes, title: str, ledgers: list[dict[str, float]], slices: list[str], lit: str | None
 ) -> None:
     """One model: five stacked bars; the first is cut, or the others could not be read."""
-    totals = [sum(book[s] for s in shown) for book in ledgers]
+    totals = [sum(book[s] for s in slices) for book in ledgers]
     cut, limit = totals[1] * 1.12, totals[1] * 1.72
     unit, scale = ("GB", 1e9) if totals[1] > 1e9 else ("MB", 1e6)
     for row, (book, total) in enumerate(zip(ledgers, totals, strict=True)):
         left = 0.0
-        for name in shown:
+        for name in slices:
             width = min(book[name], max(0.0, cut - left))
             if not width:
                 continue
@@ -1048,7 +1072,12 @@ def ledger_slices(book: Ledger) -> dict[str, float]:
 
     Returns:
         Slice -> bytes; the copy of one dequantized weight counts as an activation.
+
+    Raises:
+        InputError: This is no ledger.
     """
+    if not hasattr(book, "rows"):
+        raise InputError(f"a ledger {shown(book)} is not possible; give what ledger(...) returned")
     slices = dict.fromkeys(SLICES, 0)
     for row in book.rows:
         slices[_SLICE_OF_ROW.get(row.name, "weights")] += row.bytes

@@ -77,8 +77,8 @@ class QuantizedLinear(nn.Module):
         compute_dtype: Dtype of the multiplication; None: that of the input.
 
     Raises:
-        InputError: The weight is not quantized or not 2-D, the bias no tensor, or `compute_dtype`
-            is not fp32, fp16 or bf16.
+        InputError: The weight is not quantized or not 2-D, the bias does not fit, or
+            `compute_dtype` is not fp32, fp16 or bf16.
     """
 
     def __init__(
@@ -95,7 +95,9 @@ class QuantizedLinear(nn.Module):
         if len(quantized.shape) != 2:
             raise InputError(f"a weight of shape {tuple(quantized.shape)} is not (out, in)")
         if compute_dtype not in (None, *DTYPES):
-            raise InputError(f"compute_dtype={compute_dtype!r}: use float32, float16 or bfloat16")
+            raise InputError(
+                f"compute_dtype={shown(compute_dtype)}: use float32, float16 or bfloat16"
+            )
         self.out_features, self.in_features = quantized.shape
         self.compute_dtype = compute_dtype
         self._spec, parts = _take_apart(quantized)
@@ -104,6 +106,10 @@ class QuantizedLinear(nn.Module):
         self._part_names = tuple(parts)
         if bias is not None:
             needs("tensor", bias, "bias")
+            if bias.shape != quantized.shape[:1]:
+                raise InputError(
+                    f"a bias of shape {tuple(bias.shape)} does not fit {quantized.shape[0]} outputs"
+                )
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property

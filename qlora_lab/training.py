@@ -207,14 +207,14 @@ def attach_adapter(
         raise InputError(
             "the model carries an adapter already, which a second would wrap; reload it"
         )
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    linear = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
     names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
     if not isinstance(targets, str):
         needs("texts", targets, "targets")
-        lost = unmatched(targets, linear)
+        lost = unmatched(targets, (name for name, _ in model.named_modules()))
         if lost and len(lost) < len(targets):  # PEFT would leave these out without a word
             raise InputError(
-                f"of the targets, no layer is called {lost}; the linear layers are {names}"
+                f"of the targets no layer is called {lost}; the linear ones are {names}"
             )
     if getattr(model, "is_quantized", False):
         # It freezes the base and holds norms, embedding and head in float32 for stability.
@@ -448,7 +448,11 @@ def order_of_rows(lengths: Sequence[int], batch_size: int, steps: int, seed: int
 
     Source:
         transformers `trainer_pt_utils.get_length_grouped_indices`.
+
+    Raises:
+        InputError: If a number is out of range.
     """
+    _check_numbers(steps, batch_size, seed=seed)
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     generator = torch.Generator().manual_seed(seed)
@@ -463,7 +467,12 @@ def order_of_rows(lengths: Sequence[int], batch_size: int, steps: int, seed: int
 
 
 def _check_numbers(
-    steps: int, batch_size: int, accumulation: int, lr: float, seed: int, save_every: int | None
+    steps: int,
+    batch_size: int,
+    accumulation: int = 1,
+    lr: float = 1.0,
+    seed: int = 0,
+    save_every: int | None = None,
 ) -> None:
     whole("steps", steps)
     whole("batch_size", batch_size)
@@ -671,7 +680,7 @@ def finetune(
     usual_lr, usual_alpha = recipe(name, method, r)
     lr = usual_lr if lr is None else lr
     alpha = usual_alpha if alpha is None else alpha
-    device = device or default_device()
+    device = default_device() if device is None else device
     if optim is None:  # paging knows no shares
         optim = "paged_adamw_32bit" if device == "cuda" and not shard else "adamw_torch"
     _check_numbers(steps, batch_size, accumulation, lr, seed, save_every)

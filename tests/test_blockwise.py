@@ -28,6 +28,7 @@ from qlora_lab.blockwise import (
     fake_quantize,
     pack,
     quantize_4bit,
+    quantize_codes,
     unpack,
 )
 from qlora_lab.codebooks import codebook, l1_optimal, nf4
@@ -268,6 +269,8 @@ def test_another_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="nowhere .*cannot be read"):
+        QuantizedTensor.load("nowhere ")
     with pytest.raises(InputError, match="was not written by QuantizedTensor.save"):
         QuantizedTensor.load(tmp_path / "other.safetensors")
 
@@ -442,7 +445,10 @@ print("fell back")
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: quantize_4bit(normal(64), 48), "blocksize=48: use a power of two from 32 to 4096"),
+        (
+            lambda: quantize_4bit(normal(64), 48),
+            "blocksize=48: .* from 32 to 4096, because bitsandbytes",
+        ),
         (lambda: quantize_4bit(normal(64), 16), "blocksize=16"),
         (lambda: quantize_4bit(normal(64), 8192), "blocksize=8192"),
         (lambda: quantize_4bit(torch.zeros(0)), "is empty"),
@@ -453,11 +459,25 @@ print("fell back")
         (lambda: fake_quantize(torch.tensor([1.0, float("inf")])), "holds NaN or infinity"),
         (lambda: quantize_4bit(normal(64), codebook="nf5"), "32 values: at most 16 fit"),
         (lambda: quantize_4bit(normal(64), codebook="q4_k"), "'q4_k' is not known"),
-        (lambda: quantize_4bit(normal(64), codebook=[0.0]), "two or more, ascending"),
+        (lambda: quantize_4bit(normal(64), codebook=[0.0]), "two or more numbers"),
         (lambda: quantize_4bit(normal(64), codebook=[1.0, 0.0]), "ascending"),
         (lambda: quantize_4bit(normal(64), codebook=[-2.0, 0.0]), r"within \[-1, 1\]"),
-        (lambda: quantize_4bit(normal(64), codebook=[float("nan"), 0.0]), "ascending"),
+        (lambda: quantize_4bit(normal(64), codebook=[float("nan"), 0.0]), "none of them NaN"),
         (lambda: fake_quantize(normal(64), 48), "blocksize=48"),
+        (lambda: quantize_4bit([1.0, 2.0]), "weight .* give a torch tensor"),
+        (lambda: quantize_4bit(normal(64), "64"), "blocksize='64': use a power of two"),
+        (lambda: quantize_4bit(normal(64), 64.0), "blocksize=64.0: use a power of two"),
+        (lambda: quantize_4bit(normal(64), codebook=3), "give two or more numbers"),
+        (lambda: quantize_4bit(normal(64), codebook=["a", "b"]), "give two or more numbers"),
+        (lambda: quantize_4bit(normal(64), double_quant="bnb"), "double_quant='bnb': use True or"),
+        (lambda: dequantize_4bit(normal(64)), "of type Tensor is no QuantizedTensor"),
+        (lambda: quantize_codes(normal(96), 48, nf4()), "blocksize=48: use a power of two"),
+        (lambda: quantize_codes(normal(96), "64", nf4()), "blocksize='64'"),
+        (lambda: quantize_codes(normal(8, 8), 64, nf4()), r"shape \(8, 8\).* give a vector"),
+        (lambda: quantize_codes([1.0], 64, nf4()), "give a torch tensor"),
+        (lambda: quantize_codes(normal(64), 64, "nf4"), "give two or more numbers"),
+        (lambda: quantize_codes(normal(64), 64, range(300)), "300 values: at most 256"),
+        (lambda: quantize_codes(torch.full((64,), float("nan")), 64, nf4()), "NaN or infinity"),
         (lambda: dequantize_4bit(quantize_4bit(normal(64)), torch.int8), "dtype=torch.int8"),
         (lambda: pack(torch.zeros(4)), "give a uint8 vector"),
         (lambda: unpack(torch.zeros(4, dtype=torch.uint8), 9), "4 bytes hold 8 codes, not 9"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lab.cli import main, newest_adapter, next_folder, read_rows
+from qlora_lab.cli import main, newest_adapter, next_folder, read_rows, typed
 from qlora_lab.errors import InputError
 from qlora_lab.orders import GRADES, make_rows
 
@@ -223,7 +223,7 @@ def test_a_run_from_end_to_end(small_orders, capsys, tmp_path):
     for grade in ("pairs", "copying", "corrections"):
         assert first_text(grade) in answers
     assert "the adapter is in runs/finetune-1/adapter (" in out
-    assert "what to do next" in out and "qlora-lab ask" in out
+    assert "what to do next" in out and f"{typed()} ask" in out
     record = json.loads((newest_adapter_folder() / "result.json").read_text("utf-8"))
     assert record["settings"]["steps"] == 3 and record["settings"]["r"] == 4
 
@@ -347,3 +347,14 @@ def test_the_newest_adapter_is_that_of_the_run_that_finished_last(tmp_path):
             (folder / "result.json").write_text("{}")
             os.utime(folder / "result.json", (finished, finished))
     assert newest_adapter(tmp_path) == tmp_path / "run-0" / "adapter"
+
+
+def test_what_to_do_next_is_typed_as_it_works_here(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/qlora-lab")
+    assert typed() == "qlora-lab"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv/bin/python"))
+    assert typed() == f"{Path('.venv/bin/python')} -m qlora_lab"
+    monkeypatch.setattr(sys, "executable", str(Path.cwd().parent / "python"))
+    assert typed() == f"{Path.cwd().parent / 'python'} -m qlora_lab"

@@ -157,6 +157,18 @@ def test_midpoints_are_32_bit_floats_between_sorted_neighbours():
         (lambda: l1_optimal(64, 1), "2 to 8"),
         (lambda: codebook("nf16"), "'nf16' is not known"),
         (lambda: codebook("int4-sym"), "is not known"),
+        (lambda: codebook("NF4"), "'NF4' is not known: use nf2..nf8, .* in small letters"),
+        (lambda: codebook(["nf4"]), "is not known"),
+        (lambda: normal_float("4"), "bits '4' is not possible"),
+        (lambda: normal_float(4.0), "bits 4.0 is not possible"),
+        (lambda: l1_optimal(48), "blocksize=48: .* power of two from 2 to 4096, because"),
+        (lambda: l1_optimal([64]), "power of two"),
+        (lambda: l1_optimal(64.0), "power of two"),
+        (lambda: midpoints("nf4"), "codebook of 'nf4' is not possible; give two or more numbers"),
+        (lambda: midpoints(3), "two or more numbers"),
+        (lambda: midpoints([1.0]), "two or more numbers"),
+        (lambda: midpoints([0.0, float("nan")]), "none of them NaN"),
+        (lambda: midpoints(range(257)), "257 values: at most 256"),
     ],
 )
 def test_bad_input_is_one_line(call, words):

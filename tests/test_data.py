@@ -57,6 +57,34 @@ def test_unknown_or_missing_split(tmp_path):
         data.load_orders(["pairs"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda _: data.load_orders("seen"), "splits 'seen' .* around a single one"),
+        (lambda _: data.load_orders([]), "no split is asked for; choose one or more of train"),
+        (lambda _: data.load_orders(3), "splits 3"),
+        (lambda _: data.load_orders(["pairs"], 3), "folder 3"),
+        (lambda _: data.heldout_texts(-1), "limit -1"),
+        (lambda _: data.heldout_texts("3"), "limit '3'"),
+        (lambda _: data.prompt(3), "the prompt 3 is no text"),
+        (lambda t: data.encode(t, None, "{}"), "the prompt None is no text"),
+        (lambda t: data.encode(t, "a", {}), "the answer {} is no text"),
+        (lambda t: data.encode(t, "a", "{}", "512"), "max_length '512'"),
+        (lambda _: data.encode("gpt2", "a", "{}"), "tokenizer 'gpt2'"),
+        (lambda t: data.encode_rows(t, None), "rows None is not possible; give a list of rows"),
+        (lambda t: data.encode_rows(t, ROW), "give a list of rows"),
+        (lambda t: data.encode_rows(t, [ROW], -1), "max_length -1"),
+        (lambda t: data.encode_rows(t, [ROW], too_long=["skip"]), "is unknown; choose from raise"),
+        (lambda t: data.collator(t, 0), "multiple_of 0"),
+        (lambda _: data.collator(None), "tokenizer None"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(tokenizer, call, says):
+    with pytest.raises(InputError, match=says) as caught:
+        call(tokenizer)
+    assert "\n" not in str(caught.value)
+
+
 def test_heldout_texts_are_whole_files():
     texts = data.heldout_texts()
     assert len(texts) >= 25 and "csv.py.txt" in texts

@@ -95,6 +95,10 @@ def test_to():
         (torch.zeros(2, 2), 256, "non-empty vector"),
         (torch.tensor([1.0, float("nan")]), 256, "NaN or infinity"),
         (torch.tensor([3e38, 3e38]), 256, "overflows"),
+        ([1.0, 2.0], 256, "absmax .* give a torch tensor"),
+        (torch.ones(3).double(), 256, "absmax is torch.float64: scales are float32"),
+        (torch.ones(3), "256", "blocksize '256'"),
+        (torch.ones(3), 1.5, "blocksize 1.5"),
         (torch.ones(3), 0, "blocksize 0 is not possible; give a whole number from 1 on"),
     ],
 )
@@ -102,3 +106,8 @@ def test_bad_input_is_one_line(absmax, blocksize, words):
     with pytest.raises(InputError, match=words) as caught:
         quantize_absmax(absmax, blocksize)
     assert "\n" not in str(caught.value)
+
+
+def test_only_quantized_scales_are_restored():
+    with pytest.raises(InputError, match="of type Tensor is no QuantizedAbsmax"):
+        dequantize_absmax(torch.ones(3))

@@ -302,6 +302,36 @@ def test_a_batch_of_nothing_is_refused(tokenizer, batch_size):
             measure()
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, t: evaluation.generate(m, t, "# a\n"), "prompts .* give a list of texts"),
+        (lambda m, t: evaluation.generate(m, t, [3]), r"prompts \[3\]"),
+        (lambda m, t: evaluation.generate(m, t, ["# a\n"], "48"), "max_new_tokens '48'"),
+        (lambda m, t: evaluation.generate(m, t, ["# a\n"], [4, 4]), "2 bounds for 1 prompts"),
+        (lambda m, t: evaluation.generate(m, t, ["# a\n"], 4, must_start=3), "must_start 3"),
+        (lambda m, t: evaluation.generate((m, t), t, ["# a\n"]), "give a model: .* its .model"),
+        (lambda m, t: evaluation.generate(m, m, ["# a\n"]), "tokenizer of type LlamaFor"),
+        (lambda m, t: evaluation.text_bits(m, t, "import os"), "texts 'import os'"),
+        (lambda m, t: evaluation.text_bits(m, t, {"a.py": "import os"}), "give a list of texts"),
+        (lambda m, t: evaluation.text_bits((m, t), t, ["x"]), "give a model"),
+        (lambda m, t: evaluation.bits_per_byte(m, t, "import os"), "texts 'import os'"),
+        (lambda m, t: evaluation.bits_per_byte(m, t, ["x"], "64"), "context '64'"),
+        (lambda m, t: evaluation.evaluate_orders(m, t, [{}]), "grades .* give rows by grade"),
+        (lambda m, t: evaluation.evaluate_orders(m, t, {"mine": []}), "'mine' has no rows"),
+        (lambda m, t: evaluation.evaluate_orders(m, t, {"mine": 3}), "grade 'mine': 3"),
+        (
+            lambda m, t: evaluation.evaluate_orders(m, t, {"mine": [{"text": "a", "answer": "b"}]}),
+            "'mine' has an answer that is no order, 'b'",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(tokenizer, call, says):
+    with pytest.raises(InputError, match=says) as error:
+        call(tiny_model(context=128), tokenizer)
+    assert "\n" not in str(error.value)
+
+
 def test_empty_texts_are_refused(tokenizer):
     with pytest.raises(InputError, match="text 1 is empty"):
         evaluation.bits_per_byte(tiny_model(), tokenizer, ["x", ""], 64, 32)
@@ -364,6 +394,22 @@ def test_paired_difference_is_narrower_than_two_intervals():
         (lambda: evaluation.bootstrap_interval([1, 2], weights=[1]), "equally long"),
         (lambda: evaluation.bootstrap_interval([1, 2], confidence=95), "confidence 95"),
         (lambda: evaluation.paired_difference([1, 2], [1]), "not pairs"),
+        (lambda: evaluation.paired_difference([1, 2], [1, float("nan")]), "NaN or infinity"),
+        (lambda: evaluation.paired_difference(1, 2), "not pairs"),
+        (lambda: evaluation.paired_difference(["a"], ["b"]), "first .* give a list of numbers"),
+        (lambda: evaluation.bootstrap_interval([1, float("inf")]), "values hold NaN or infinity"),
+        (lambda: evaluation.bootstrap_interval([1, 2], [0, 0]), "a weight is 0 or less"),
+        (lambda: evaluation.bootstrap_interval([1, 2], [1, float("nan")]), "weights hold NaN"),
+        (lambda: evaluation.bootstrap_interval([1, 2], confidence="0.95"), "confidence '0.95'"),
+        (lambda: evaluation.bootstrap_interval([1, 2], resamples=0), "resamples 0"),
+        (lambda: evaluation.bootstrap_interval([1, 2], seed=-1), "seed -1"),
+        (lambda: evaluation.parse(None), "an answer None is not possible"),
+        (lambda: evaluation.field_hits("{}", '{"name":"A"}'), "no order with a name and items"),
+        (lambda: evaluation.score("ab", ["{}", "{}"]), "predictions 'ab'"),
+        (lambda: evaluation.score_lines(["a"], ["a", "b"]), "1 predictions for 2 answers"),
+        (lambda: evaluation.regex_baseline(3), "the order 3 is no text"),
+        (lambda: evaluation.few_shot_prompt([{"text": "a"}], "b"), "a row needs"),
+        (lambda: evaluation.few_shot_examples([], 0), "count 0"),
     ],
 )
 def test_bad_values(call, message):

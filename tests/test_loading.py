@@ -330,10 +330,36 @@ def test_a_hub_name_takes_the_same_path(folder, tmp_path, monkeypatch):
 # --- bad input -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "nobody/nothing", "two words", "/no/such"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "nobody/nothing", "two words", "/no/such", "./no"]
+)
 def test_unknown_names_are_refused(name):
     message = refusal(name)
     assert repr(name) in message and "hub name" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "./no", "/no/such", "two words", Path("no/such")]
+)
+def test_the_hub_is_not_asked_for_a_path(monkeypatch, name):
+    def ask(*args, **kwargs):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", ask)
+    assert "there is no such folder" in refusal(name)
+
+
+@pytest.mark.parametrize("name", [3, "", ["gpt2"], True])
+def test_what_is_no_name_is_refused(name):
+    assert "is not possible; give a path" in refusal(name)
+
+
+def test_no_stack_of_the_hub_stands_behind_the_sentence(tmp_path):
+    for name in ("nobody/nothing", tmp_path):
+        for load in (load_model, loading.load_config):
+            with pytest.raises(InputError, match="cannot be loaded") as caught:
+                load(name)
+            assert caught.value.__suppress_context__ and caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize(
@@ -362,6 +388,11 @@ def test_damaged_folders_are_refused(folder, tmp_path, file, content):
     [
         ({"bits": 3}, "bits=3"),
         ({"bits": 32}, "4, 8 or 16"),
+        ({"bits": "4"}, "bits='4'"),
+        ({"bits": 4.0}, "bits=4.0"),
+        ({"device": 0}, "device 0"),
+        ({"compute_dtype": "bfloat16"}, "compute dtype 'bfloat16'"),
+        ({"quant_storage": None}, "storage dtype None"),
         ({"device": "tpu"}, "'tpu'"),
         ({"quant_type": "int4"}, "'int4'"),
     ],
@@ -374,6 +405,15 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, says):
 def test_cuda_is_refused_where_there_is_none(folder):
     assert "no CUDA device" in refusal(folder, device="cuda")
     assert loading.default_device() == "cpu"
+
+
+def test_a_loaded_model_is_asked_for_its_model(folder):
+    loaded = load_model(folder)
+    for helper in (loading.guard, four_bit_layers):
+        with pytest.raises(InputError, match="of type Loaded .* its .model"):
+            helper(loaded)
+    with pytest.raises(InputError, match="of type Loaded .* its .tokenizer"):
+        loading.give_padding(loaded)
 
 
 # --- quiet -----------------------------------------------------------------------------------

@@ -361,6 +361,20 @@ def adapted() -> nn.Module:
         (lambda: LoRALinear(nn.Linear(8, 4), 2, 8, adapter="a.b"), "name 'a.b'"),
         (lambda: LoRALinear(nn.Linear(8, 4), 2, 8, adapter="keys"), "name 'keys'"),
         (lambda: add_adapters(tiny_llama(), ["qproj"]), "match no linear layer.*q_proj"),
+        (lambda: add_adapters(tiny_llama(), ["q_proj", "value"]), r"\['value'\] match no linear"),
+        (lambda: add_adapters(tiny_llama(), "(("), "is no regular expression"),
+        (lambda: add_adapters(tiny_llama(), 3), "targets 3 is not possible; give a list of texts"),
+        (lambda: add_adapters((tiny_llama(), None)), "give a model: .* its .model"),
+        (lambda: add_adapters(tiny_llama(), r="16"), "rank '16' is not allowed"),
+        (lambda: add_adapters(tiny_llama(), r=True), "rank True is not allowed"),
+        (lambda: add_adapters(tiny_llama(), alpha="16"), "alpha '16' is not possible"),
+        (lambda: add_adapters(tiny_llama(), dropout="0"), "dropout '0' is not possible"),
+        (lambda: add_adapters(tiny_llama(), name=3), "adapter name 3"),
+        (lambda: LoRALinear("layer", 2, 8), "a base 'layer' is not possible"),
+        (lambda: save_adapter(adapted(), None), "directory None"),
+        (lambda: save_adapter(adapted(), "unused", None), "adapter name None"),
+        (lambda: load_adapter(tiny_llama(), 3), "directory 3"),
+        (lambda: set_adapter(adapted(), ["typo"]), r"no adapter \['typo'\]"),
         (lambda: add_adapters(tiny_llama(), r=65), "rank 65"),
         (lambda: add_adapters(adapted(), r=4), "'default' exists already"),
         (lambda: set_adapter(adapted(), "typo"), r"no adapter 'typo' .* \['default'\]"),
@@ -426,6 +440,8 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     first = "base_model.model.model.layers.0.self_attn.q_proj"
     half = {f"{first}.lora_A.weight": torch.ones(4, 64)}
     wide = half | {f"{first}.lora_B.weight": torch.ones(96, 4)}
+    damaged = rewrite("damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"cut off")
     lost = {k.replace("q_proj", "elsewhere"): v for k, v in wide.items()}
     magnitude = wide | {f"{first}.lora_magnitude_vector": torch.ones(64)}
     cases = [
@@ -438,6 +454,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         (rewrite("lost", tensors=lost), "no such layer"),
         (rewrite("dora", tensors=magnitude), "not a plain LoRA tensor"),
         (rewrite("empty", tensors={}), "is empty"),
+        (damaged, "is damaged"),
     ]
     for folder, says in cases:
         fresh = tiny_llama()

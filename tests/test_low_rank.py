@@ -104,6 +104,10 @@ def test_half_precision_is_measured_in_float32():
     [
         (lambda: truncate(gaussian(4, 6), 0), "rank 0 is out of range: a 4 x 6 matrix"),
         (lambda: truncate(gaussian(4, 6), 5), "whole numbers from 1 to 4"),
+        (lambda: truncate([[1.0, 2.0]], 1), "give a torch tensor"),
+        (lambda: truncate(gaussian(4, 6), 1.5), "rank 1.5 is out of range: .* whole numbers"),
+        (lambda: energy(gaussian(4, 6), "16"), "rank '16' is out of range"),
+        (lambda: energy(gaussian(4, 6), True), "rank True is out of range"),
         (lambda: truncation_error(gaussian(4, 6), -1), "0 to 4"),
         (lambda: truncate(torch.ones(3), 1), "not a matrix"),
         (lambda: truncate(torch.ones(2, 2, dtype=torch.long), 1), "int64"),

@@ -558,6 +558,12 @@ def test_the_config_is_not_changed():
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"optimizer": "sgd"}, "optimizer 'sgd'"),
         ({"dropout": 1.0}, "dropout 1.0"),
+        ({"dropout": "0"}, "dropout '0'"),
+        ({"blocksize": "64"}, "blocksize='64'"),
+        ({"attention": "flash"}, "attention 'flash' is unknown"),
+        ({"targets": ["q_proj", "value"]}, "['value'] match no linear layer"),
+        ({"config": "no/such/model"}, "'no/such/model' cannot be loaded"),
+        ({"r": "16"}, "r '16' is not possible"),
         ({"targets": ["nothing"]}, "match no linear layer"),
         ({"config": 7}, "config is a int"),
         ({"config": ViTConfig(hidden_size=64, num_hidden_layers=1)}, "cannot be run on input_ids"),
@@ -618,3 +624,23 @@ def test_hooks_are_gone_after_recording():
     with contextlib.suppress(ZeroDivisionError), record_saved(model):
         raise ZeroDivisionError
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: adam_bytes(10, 3), "bits=3 is not possible; give 32 or 8, the Adams"),
+        (lambda: adam_bytes("10"), "numel '10'"),
+        (lambda: packed_bytes(1.5), "numel 1.5"),
+        (lambda: constant_bytes(64, 48), "blocksize=48: use a power of two"),
+        (lambda: constant_bytes(-1), "numel -1"),
+        (lambda: LiveBytes(("model", "tokenizer")), "give a model: .* its .model"),
+        (lambda: record_saved(None).__enter__(), "model None"),
+        (lambda: llama_block_activations(CONFIGS["gpt2"]), "has no formula"),
+        (lambda: llama_block_activations(CONFIGS["llama"], sequence="8"), "sequence '8'"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(call, says):
+    with pytest.raises(InputError, match=says) as error:
+        call()
+    assert "\n" not in str(error.value)

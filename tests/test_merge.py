@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_qlora import loaded, plain_base
+from tiny_model import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -167,6 +168,8 @@ def test_bad_input_is_answered_in_one_line(base, adapter, tmp_path):
     four_bit = copy.deepcopy(loaded(base))
     with_adapters = get_peft_model(copy.deepcopy(four_bit), LoraConfig(target_modules="all-linear"))
     plain = nn.Linear(8, 8)
+    other = tiny_model()
+    row = {"text": "a tea", "answer": "1 tea"}
     cases = [
         (lambda: merge_into(four_bit, adapter), "4-bit codes rounds most of the update away"),
         (lambda: merge_into(plain, tmp_path), "no adapter_config.json"),
@@ -174,6 +177,15 @@ def test_bad_input_is_answered_in_one_line(base, adapter, tmp_path):
         (lambda: dequantize(plain), "no 4-bit layer"),
         (lambda: dequantize(with_adapters), "carries adapters"),
         (lambda: save_merged(four_bit, None, tmp_path / "x"), "merge it first"),
+        (lambda: save_merged(plain, None, tmp_path / "x", "bf16"), "dtype='bf16': store"),
+        (lambda: save_merged(plain, "gpt2", tmp_path / "x"), "tokenizer 'gpt2'"),
+        (lambda: merge_into((plain, None), adapter), "give a model: .* its .model"),
+        (lambda: merge_into(copy.deepcopy(plain_base(base)), None), "adapter None"),
+        (lambda: merge_into(other, adapter), "does not fit this base"),
+        (lambda: dequantize("model"), "model 'model'"),
+        (lambda: ladder(base, adapter, "loss"), "score 'loss' .* give a function"),
+        (lambda: answer_bits(plain_base(base), "gpt2", [row]), "tokenizer 'gpt2'"),
+        (lambda: answer_bits(plain_base(base), None, row), "give a list of rows"),
         (lambda: requantize(nn.Sequential(nn.Linear(8, 8)), blocksize=48), "blocksize=48"),
     ]
     for call, says in cases:

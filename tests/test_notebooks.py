@@ -102,6 +102,21 @@ def uses_myst(notebook):
     return problems
 
 
+def breaks_a_formula(notebook):
+    # A line of a formula that begins like a list item ends the formula, and the page shows dollars.
+    problems = []
+    for index, cell in enumerate(notebook.cells):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", cell.source, flags=re.DOTALL)
+        formulas = re.findall(r"\$\$.*?\$\$|\$[^$]+\$", text, re.DOTALL)
+        if cell.cell_type == "markdown":
+            problems += [
+                f"cell {index}: {formula[:40]!r}"
+                for formula in formulas
+                if re.search(r"\n\s*([-+*>#]|\d+[.)])\s", formula)
+            ]
+    return problems
+
+
 def has_long_cells(notebook):
     return [
         f"cell {index}: {len(cell.source.splitlines())} lines"
@@ -145,6 +160,27 @@ def ignores_too_much(notebook):
         if "nbval-skip" in cell.metadata.get("tags", []):
             problems.append(f"cell {index}: nbval-skip runs nothing")
     return problems
+
+
+def loads_four_bits_unguarded(notebook):
+    return [
+        f"cell {index}: a 4-bit model without `guard`"
+        for index, cell in enumerate(code_cells(notebook))
+        if "from_pretrained(" in cell.source
+        and "quantization_config" in cell.source
+        and "guard(" not in cell.source
+    ]
+
+
+def shows_how_it_draws(notebook):
+    # A reader of the web page wants the picture; its code opens at a click.
+    return [
+        f"cell {index}: draws, and is not tagged hide-input"
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "code"
+        and "@plots.styled" in cell.source
+        and "hide-input" not in cell.metadata.get("tags", [])
+    ]
 
 
 def lacks_bootstrap(notebook):
@@ -201,10 +237,13 @@ RULES = [
     shows_errors_or_warnings,
     shows_paths,
     uses_myst,
+    breaks_a_formula,
     has_long_cells,
     lacks_alt_text,
     stores_svg,
     ignores_too_much,
+    loads_four_bits_unguarded,
+    shows_how_it_draws,
     lacks_bootstrap,
     needs_more_than_colab,
     states_no_run_time,
@@ -309,6 +348,10 @@ FAULTS = {
     "colon directive": (uses_myst, lambda n: n.cells[0].update(source=":::{tip}\nx\n:::")),
     "citation": (uses_myst, lambda n: n.cells[0].update(source="see {cite}`hu2022lora`")),
     "target": (uses_myst, lambda n: n.cells[0].update(source="(here)=\n# T")),
+    "formula broken by a list": (
+        breaks_a_formula,
+        lambda n: n.cells[0].update(source="It keeps $L\\,e\n+ k\\,a$ bytes."),
+    ),
     "long cell": (has_long_cells, lambda n: last(n).update(source="\n".join(["x = 1"] * 26))),
     "figure without alt": (lacks_alt_text, lambda n: last(n).outputs[0].update(metadata={})),
     "picture without alt": (lacks_alt_text, lambda n: n.cells[0].update(source="![](a.png)")),
@@ -316,6 +359,14 @@ FAULTS = {
     "svg": (stores_svg, lambda n: last(n).outputs[0].data.update({"image/svg+xml": "<svg/>"})),
     "skipped cell": (ignores_too_much, lambda n: last(n).metadata.update(tags=["nbval-skip"])),
     "misspelt tag": (ignores_too_much, lambda n: last(n).metadata.update(tags=["nbval-ignore"])),
+    "four bits without the guard": (
+        loads_four_bits_unguarded,
+        lambda n: last(n).update(source="m = M.from_pretrained(x, quantization_config=c)"),
+    ),
+    "drawing code in the way": (
+        shows_how_it_draws,
+        lambda n: last(n).update(source="@plots.styled\ndef f(): ..."),
+    ),
     "changed bootstrap": (lacks_bootstrap, lambda n: n.cells[1].update(source="import torch")),
     "book only import": (
         needs_more_than_colab,

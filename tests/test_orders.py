@@ -227,7 +227,10 @@ def test_a_correction_changes_one_thing(seed):
         assert not re.search(r"[{}]", said)
 
 
-@pytest.mark.parametrize(("grade", "count"), [("easy", 5), ("train", 0), ("pairs", -1)])
+@pytest.mark.parametrize(
+    ("grade", "count"),
+    [("easy", 5), ("train", 0), ("pairs", -1), (["train"], 5), ("train", "5"), ("train", 1.5)],
+)
 def test_bad_input_is_one_line(grade, count):
     with pytest.raises(InputError) as error:
         orders.make_rows(grade, count)
@@ -284,3 +287,21 @@ def test_standard_library_only():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     outside = {name.split(".")[0] for name in run.stdout.split()} - set(sys.stdlib_module_names)
     assert outside == {"qlora_lab"}
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: orders.memory_rows("64"), "count '64' .* 64 to 4096"),
+        (lambda: orders.memory_rows(64, "a"), "seed 'a'"),
+        (lambda: orders.ticket_rows(None), "rows None"),
+        (lambda: orders.ticket_rows([{"text": "a"}]), "a row needs 'answer'"),
+        (lambda: orders.ticket_rows([{"answer": "7351"}]), "'7351' is no order"),
+        (lambda: orders.chat_rows([{"text": "a", "answer": "b"}]), "needs 'text' and .* 'grade'"),
+        (lambda: orders.chat_rows({"train": []}), "give a list of rows"),
+    ],
+)
+def test_rows_of_another_kind_are_refused(call, says):
+    with pytest.raises(InputError, match=says) as error:
+        call()
+    assert "\n" not in str(error.value)

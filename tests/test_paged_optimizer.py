@@ -223,6 +223,10 @@ def test_state_pages_counts_both_moments_of_large_tensors():
         {"pages": 5, "room": 5, "page_bytes": 0},
         {"pages": 5, "room": 5, "bandwidth": 0.0},
         {"pages": 5, "room": 5, "fault_seconds": -1.0},
+        {"pages": 5, "room": 5, "fault_seconds": float("nan")},
+        {"pages": 5, "room": 5, "bandwidth": "25e9"},
+        {"pages": "5", "room": 5},
+        {"pages": 5, "room": 5.5},
     ],
 )
 def test_bad_input_is_one_line(arguments):
@@ -236,6 +240,12 @@ def test_no_room_at_all():
         PageCache(0).touch(1)
     with pytest.raises(InputError, match="room -1"):
         PageCache(-1)
+    with pytest.raises(InputError, match="room 1.5"):
+        PageCache(1.5)
+    with pytest.raises(InputError, match="numel '100000'"):
+        is_paged("100000")
+    with pytest.raises(InputError, match="bytes_per_element 0"):
+        state_pages([10**6], bytes_per_element=0)
 
 
 def test_prints_itself():

@@ -328,9 +328,23 @@ def test_show_wants_an_alt_text():
         (lambda: plots.loss_curve({"x": [1]}, smooth=0), "smooth 0"),
         (lambda: plots.grade_table_bars({"a": 1}, {"b": 1}), "grades differ"),
         (lambda: plots.grade_table_bars({"a": 1}, {"a": 101}), "score 101"),
+        (lambda: plots.curves([1, 2], "x", "y"), "curves cannot draw this"),
+        (lambda: plots.curves({"a": [1.0, 2.0]}, "x", "y"), "give lines: Mapping[str, tuple["),
+        (lambda: plots.qq_plot(3), "give samples: Mapping[str, Sequence[float]]"),
+        (lambda: plots.loss_curve({"a": ["x"]}), "give losses: Mapping"),
+        (lambda: plots.ledger_slices(3), "a ledger 3 is not possible"),
+        (lambda: plots.show("picture"), "a figure 'picture' is not possible"),
     ],
 )
 def test_bad_input_is_one_line(draw, message):
     with pytest.raises(InputError) as error:
         draw()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_picture_of_the_readers_own_fails_where_it_fails():
+    def drawn():
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        plots.styled(drawn)()

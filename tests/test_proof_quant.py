@@ -205,16 +205,16 @@ def test_another_padding_nibble_fails(monkeypatch):
 def test_a_codebook_of_64_bit_floats_fails(monkeypatch):
     """The recipe without rounding to 32 bits on the way: the last bits of the table differ."""
     monkeypatch.setattr(codebooks, "_f32", float)
-    codebooks.codebook.cache_clear()
-    codebooks.midpoints.cache_clear()
+    codebooks._named.cache_clear()
+    codebooks._midpoints.cache_clear()
     try:
         ours = quantize_4bit(WEIGHT)
         with pytest.raises(AssertionError):
             assert_same_values(ours, *reference(WEIGHT))
     finally:
         monkeypatch.undo()
-        codebooks.codebook.cache_clear()
-        codebooks.midpoints.cache_clear()
+        codebooks._named.cache_clear()
+        codebooks._midpoints.cache_clear()
 
 
 # --- the error is that of NF4: neither larger nor smaller

@@ -204,6 +204,12 @@ def test_quantize_model_leaves_head_embeddings_and_norms(base):
         (lambda: QLoRALinear.from_linear(linear(), 4, 8, double_quant="twice"), "'twice'"),
         (lambda: QLoRALinear.from_linear(linear(), 4, 8, compute_dtype=torch.int8), "int8"),
         (lambda: QLoRALinear(quantize_4bit(torch.ones(64)), r=1), "not .out, in."),
+        (lambda: QLoRALinear(torch.ones(8, 8), r=1), "of type Tensor .* quantize_4bit"),
+        (lambda: QLoRALinear(quantize_4bit(torch.ones(8, 8)), torch.ones(3)), "8 outputs"),
+        (lambda: QLoRALinear(quantize_4bit(torch.ones(8, 8)), 3), "bias 3"),
+        (lambda: QLoRALinear.from_linear("layer"), "a layer 'layer'"),
+        (lambda: QLoRALinear.from_linear(linear(), "4"), "rank '4'"),
+        (lambda: quantize_model((linear(), None)), "give a model: .* its .model"),
         (
             lambda: merge(QLoRALinear.from_linear(linear(), 4, 8)),
             "quantized codes.*qlora_lab.merge",

@@ -145,6 +145,10 @@ def test_results_are_read_by_file_and_by_folder(tmp_path, monkeypatch):
     assert recorded.results("cpu/x") == {"a": {"value": 1}}
     with pytest.raises(InputError, match="cpu/y is not there: run the experiment"):
         recorded.results("cpu/y")
+    with pytest.raises(InputError, match="cpu holds no results itself; choose from cpu/x"):
+        recorded.results("cpu")
+    with pytest.raises(InputError, match="results 3 is not possible"):
+        recorded.results(3)
 
 
 def test_a_built_package_carries_the_results(tmp_path):

@@ -67,6 +67,7 @@ def test_it_runs_up_to_the_section_and_says_what_there_is(small, capsys, monkeyp
     [
         ("7", "write chapter and section"),
         ("seven.one", "write chapter and section"),
+        (None, "write chapter and section"),
         ("8.1", "there is no chapter 8; there are 7"),
         ("7.3", "chapter 7 has no section 3; it has 1 to 2"),
     ],
@@ -79,6 +80,8 @@ def test_no_such_section(small, section, message):
 def test_outside_a_notebook_it_asks_for_a_place(small):
     with pytest.raises(InputError, match="namespace"):
         qlora_lab.checkpoint("7.1")
+    with pytest.raises(InputError, match="namespace 3 is not possible; give a dictionary"):
+        qlora_lab.checkpoint("7.1", 3)
 
 
 def test_a_section_runs_from_its_checkpoint():

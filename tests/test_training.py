@@ -743,6 +743,87 @@ def test_unknown_targets_are_refused(base):
         attach_adapter(load_model(base, bits=16).model, r=2, targets=["query_key"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"targets": ["q_proj", "value"]}, r"called \['value'\]; the linear ones are down_proj"),
+        ({"targets": "(("}, "no layer can be adapted"),
+        ({"targets": 3}, "targets 3 is not possible; give a list of texts"),
+        ({"r": "16"}, "rank '16'"),
+        ({"alpha": "16"}, "alpha '16'"),
+        ({"dropout": "0"}, "dropout '0'"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(base, arguments, says):
+    model = load_model(base, bits=16).model
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(InputError, match=says) as caught:
+        attach_adapter(model, **{"r": 2} | arguments)
+    assert (
+        "\n" not in str(caught.value)
+        and caught.value.__suppress_context__
+        or not (caught.value.__context__)
+    )
+    assert before == [name for name, _ in model.named_modules()]
+
+
+def test_a_second_adapter_and_a_loaded_are_refused(base):
+    loaded = load_model(base)
+    with pytest.raises(InputError, match="of type Loaded .* its .model"):
+        attach_adapter(loaded, r=2)
+    adapted = attach_adapter(loaded.model, r=2)
+    for model in (adapted, loaded.model):
+        with pytest.raises(InputError, match="carries an adapter already"):
+            attach_adapter(model, r=2)
+    with pytest.raises(InputError, match="no linear layer"):
+        attach_adapter(torch.nn.ReLU())
+    with pytest.raises(InputError, match="give load_model's .model"):
+        training.recompute_activations(loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"schedule": "nope"}, "schedule 'nope' is unknown; choose from linear, cosine"),
+        ({"schedule": "warmup_stable_decay"}, "is unknown"),
+        ({"warmup": -1}, "warmup -1"),
+        ({"max_grad_norm": "1"}, "max_grad_norm '1'"),
+        ({"optim": ["sgd"]}, "is unknown"),
+        ({"output": 3}, "output 3"),
+        ({"rows": None}, "rows None is not possible; give a list of rows"),
+        ({"tokenizer": "gpt2"}, "tokenizer 'gpt2'"),
+        ({"model": (1, 2)}, "give a model: .* its .model"),
+    ],
+)
+def test_what_training_cannot_use_is_refused(pair, arguments, says):
+    result = pair("full")[0]
+    given = {"model": result.model, "tokenizer": result.tokenizer, "rows": ROWS, "steps": 1}
+    with pytest.raises(InputError, match=says) as caught:
+        train(**given | arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"method": ["qlora"]}, "is unknown; choose from qlora"),
+        ({"name": 3}, "model 3"),
+        ({"rows": [{"text": "a"}]}, "a row needs"),
+        ({"tests": [ROWS]}, "grades .* give rows by grade"),
+        ({"tests": {"mine": [{"text": "a", "answer": "b"}]}}, "is no order"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"output": 3}, "output 3"),
+    ],
+)
+def test_nothing_is_loaded_for_a_run_that_cannot_be(monkeypatch, arguments, says):
+    def load(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(training, "load_model", load)
+    with pytest.raises(InputError, match=says):
+        finetune(**arguments)
+
+
 def test_folders_without_a_usable_adapter_are_refused(saved, base, tmp_path):
     def refusal(folder, *args):
         with pytest.raises(InputError) as caught:

@@ -132,7 +132,8 @@ def serve(port: int, html: Path = HTML) -> ThreadingHTTPServer:
         return ThreadingHTTPServer((HOST, port), partial(_Quiet, directory=str(html)))
     except OSError as error:
         raise BuildError(
-            f"port {port} cannot be used ({error.strerror}): choose another, make book PORT=8001"
+            f"port {port} cannot be used ({error.strerror}): choose another, "
+            f"make book PORT={port % 65535 + 1}"
         ) from None
     except OverflowError:
         raise BuildError(f"port {port} is none: choose one from 1024 to 65535") from None

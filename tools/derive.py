@@ -18,6 +18,7 @@ TIMES = ROOT / "results" / "notebooks.json"
 # Seconds on two cores: what a reader is asked to wait for a chapter, and for all of them.
 BUDGET = {0: 150, 1: 60, 2: 60, 6: 60, 9: 90, 10: 60, 11: 60}
 OTHERS, ALL = 20, 480
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def sections_text() -> str:
@@ -57,8 +58,10 @@ def status_text() -> str:
     runs = {path.stem: times[path.stem] for path in chapters()}
     cpus = sorted({run["cpus"] for run in runs.values()})
     total = sum(run["seconds"] for run in runs.values())
-    packages = ("python", "torch", "transformers", "peft")
-    used = {name: " or ".join(sorted({run[name] for run in runs.values()})) for name in packages}
+    used = {
+        name: " or ".join(sorted({run[name] for run in runs.values()}))
+        for name in ("python", *PACKAGES)
+    }
     longer = [str(int(stem[:2])) for stem, run in runs.items() if run["seconds"] > budget(stem)]
     told = [f"Longer than their budget: {', '.join(longer)}."] if longer else []
     return "\n".join(

@@ -139,7 +139,7 @@ def record(name: str, seconds: float, path: Path = RESULTS) -> None:
         "date": datetime.date.today().isoformat(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("torch", "transformers", "peft")},
+        **{package: metadata.version(package) for package in derive.PACKAGES},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(sorted(known.items())), indent=1) + "\n"
