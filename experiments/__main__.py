@@ -4,7 +4,7 @@
     python -m experiments --list   # what there is to run, and nothing else
 
 The runs share the machine: as many at a time as there are cores, one thread each, the longest
-first. Each resumes by itself, so a stop costs one run. When nothing was there at the start, the
+first; only the timed one, at the end, has it to itself. Each resumes by itself, so a stop costs one run. When nothing was there at the start, the
 time of the whole is recorded in `results/cpu/experiments.json`; delete the folders of
 `results/cpu` to make all again.
 """
@@ -35,12 +35,14 @@ JOBS = (
     *(("next", "--seeds", str(seed)) for seed in SEEDS),
 )
 SUMMARIES = ("methods", "next")  # once more at the end: they collect over seeds
-FOLDERS = ("ranks", "where", "learning_rates", "methods", "low_rank", "merging", "next")
+ALONE = "one_command"  # its times count, so it runs when all else has ended
+FOLDERS = ("ranks", "where", "learning_rates", "methods", "low_rank", "merging", "next", ALONE)
 
 
 def run(job: tuple[str, ...]) -> tuple[float, bool]:
     """Run one job in a process of its own; return its seconds and whether it went well."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    env = os.environ | ({} if job == (ALONE,) else one_thread)
     command = [sys.executable, "-m", f"experiments.{job[0]}", *job[1:]]
     start = time.monotonic()
     ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -58,14 +60,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="jobs at a time")
     options = parser.parse_args()
     if options.list:
-        print("\n".join(" ".join(job) for job in JOBS))
+        print("\n".join(" ".join(job) for job in (*JOBS, (ALONE,))))
         return 0
     nothing_there = not any(any((OUT / name).glob("*.json")) for name in FOLDERS)
     start = time.monotonic()
     with ThreadPoolExecutor(options.workers) as pool:
         found = dict(zip(JOBS, pool.map(run, JOBS), strict=True))
     good = all(well for _, well in found.values())
-    good &= all(run((name,))[1] for name in SUMMARIES)
+    good &= all(run((name,))[1] for name in (*SUMMARIES, ALONE))
     wall = time.monotonic() - start
     times = os.times()
     cpu = times.children_user + times.children_system

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from statistics import median
 
 import bitsandbytes as bnb
 import pytest
@@ -172,3 +173,14 @@ def test_only_what_changed_is_recorded_anew(kept, tmp_path):
     assert list(place.iterdir()) == [stays] and stays.stat().st_mtime_ns == old
     keep_runs(tmp_path / "nothing", place)
     assert not place.exists()
+
+
+# --- what was recorded ------------------------------------------------------------------------
+
+
+def test_the_command_takes_two_minutes_and_learns_pairs_it_never_saw():
+    runs = [recorded.results(f"cpu/one_command/seed{seed}.json") for seed in range(3)]
+    assert median(run["seconds"]["in all"] for run in runs) <= 120
+    assert median(run["exact_match"]["after"]["pairs"] for run in runs) >= 0.95
+    assert max(max(run["exact_match"]["before"].values()) for run in runs) == 0
+    assert {run["provenance"]["device"]["cores"] for run in runs} == {2}
