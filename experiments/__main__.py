@@ -4,9 +4,9 @@
     python -m experiments --list   # what there is to run, and nothing else
 
 The runs share the machine: as many at a time as there are cores, one thread each, the longest
-first; only the timed one, at the end, has it to itself. Each resumes by itself, so a stop costs one run. When nothing was there at the start, the
-time of the whole is recorded in `results/cpu/experiments.json`; delete the folders of
-`results/cpu` to make all again.
+first; only the timed one, at the end, has it to itself. Each resumes by itself, so a stop costs one
+run. When nothing was there at the start, the time of the whole is recorded in
+`results/cpu/experiments.json`; delete the folders of `results/cpu` to make all again.
 """
 
 from __future__ import annotations
