@@ -49,8 +49,7 @@ def above_zero(name: str, value: object) -> None:
     Raises:
         InputError: It is no number, or not above 0 and finite.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):
+    if not _real(value) or not 0 < value < float("inf"):
         raise InputError(f"{name} {shown(value)} is not possible; give a finite number above 0")
 
 
@@ -64,9 +63,12 @@ def share(name: str, value: object) -> None:
     Raises:
         InputError: It is no number, or not from 0 to less than 1.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
+    if not _real(value) or not 0 <= value < 1:
         raise InputError(f"{name} {shown(value)} is not possible; give 0 or more, below 1")
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 # What a helper may need: how it is told (by what it can do, so that nothing is imported for it),

@@ -270,9 +270,9 @@ def portable_name(name: str | Path) -> str:
 
 
 def cannot_load(name: str, error: Exception) -> InputError:
-    """Say in one line that a base cannot be loaded; for a folder that is there, also why."""
+    """Say in one line that a base cannot be loaded, and why: no network, a gated model, a file."""
     reason = str(error).strip().partition("\n")[0]
-    why = f" ({reason})" if Path(name).is_dir() else ""
+    why = f" ({reason})" if reason else ""
     return InputError(f"{name!r} cannot be loaded{why}; {_HINT}")
 
 

@@ -141,7 +141,8 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
                 raise
             except _OF_THE_DATA as error:
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0][:80]
-                raise InputError(f"{draw.__name__} cannot draw this ({reason}); {wants}") from None
+                # With its cause: the fault may be ours, and then the sentence does not help.
+                raise InputError(f"{draw.__name__} cannot draw this ({reason}); {wants}") from error
 
     return wrapper
 

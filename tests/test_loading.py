@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import qlora_lab
 from qlora_lab import loading
 from qlora_lab.errors import InputError
-from qlora_lab.loading import EMBEDDED, four_bit_layers, load_model
+from qlora_lab.loading import EMBEDDED, cannot_load, four_bit_layers, load_model
 
 
 @pytest.fixture(scope="module")
@@ -438,3 +438,10 @@ def test_quiet_puts_everything_back(monkeypatch):
     assert hf_logging.is_progress_bar_enabled() == bars
     with pytest.warns(FutureWarning):
         warnings.warn("an old name", FutureWarning, stacklevel=1)
+
+
+def test_why_a_name_cannot_be_loaded_is_said():
+    gated = OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+    assert str(cannot_load("a/b", gated)).startswith(
+        "'a/b' cannot be loaded (You are trying to access a gated repo.); "
+    )

@@ -348,3 +348,9 @@ def test_a_picture_of_the_readers_own_fails_where_it_fails():
 
     with pytest.raises(KeyError, match="mine"):
         plots.styled(drawn)()
+
+
+def test_what_a_picture_could_not_draw_keeps_its_cause():
+    with pytest.raises(InputError) as caught:
+        plots.curves([1, 2], "x", "y")
+    assert isinstance(caught.value.__cause__, AttributeError)
