@@ -15,6 +15,7 @@ from qlora_lab.evaluation import bits_per_byte
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(qlora_lab.embedded_model())
 sys.path.insert(0, str(ROOT / "tools"))
+import endings  # noqa: E402
 import measure_base  # noqa: E402
 
 
@@ -89,21 +90,42 @@ def test_prompts_were_all_completed_and_judged(measured):
     assert sum(p["good"] for p in measured["prompts"]) == measured["prompts_good"]
 
 
-# strict: the day the bar is met these fail, and the marks have to go.
-NOT_MET = "the bar of 15 is not met yet: 8 million tokens are too few for greedy decoding"
-
-
-@pytest.mark.xfail(strict=True, reason=NOT_MET)
 def test_recorded_completions_meet_the_bar(measured):
     assert measured["prompts_good"] >= 15
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_MET)
 def test_completions_made_again_meet_the_bar(loaded):
     prompts = json.loads((ROOT / "tools" / "prompts.json").read_text("utf-8"))
     good = [p["good"] for p in measure_base.complete(*loaded, prompts)]
     # Greedy choices may flip at near-ties between CPUs, so the bar, not the text, is compared.
     assert sum(good) >= 15
+
+
+def test_the_stage_on_its_own_text_ends_what_is_good_and_keeps_nothing_else():
+    begun = "def f(x):\n    y = x"
+    again = begun + "\n    if y:\n        return y\n"
+    # ended where it begins to go round in circles, and left as it is where nothing is wrong
+    circle = "\n    if y:\n        return y\n" + "    y = long(x)\n" * 9
+    assert endings.corrected(begun, circle) == again + "    y = long(x)\n"
+    assert endings.corrected(begun, "\n    if y:\n        return y\n\ndef g():\n    pass") == again
+    for nothing in (
+        "",
+        "\n    return (y",
+        "\n    f(" + "x, " * 9,
+        "\n" + "    return y.z.z.z.z.z\n",
+    ):
+        assert endings.corrected("def f(x):", nothing) is None
+    kept = endings.corrected(begun, "\n    return y\n    return (((")
+    assert kept == begun + "\n    return y\n"
+    assert measure_base.judge(begun, kept.removeprefix(begun))["good"]
+
+
+def test_the_stage_on_its_own_text_is_recorded_and_never_saw_the_prompts(trained):
+    own = trained["endings"]
+    assert own["good_after"] > own["good_before"] and own["withheld"] >= 64
+    source = (ROOT / "tools" / "endings.py").read_text("utf-8")
+    assert "PROMPTS" not in source and "prompts.json`" in source  # named in the docstring only
+    assert source.count("prompts.json") == 1
 
 
 def test_the_judge_of_completions_can_say_no():

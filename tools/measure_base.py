@@ -132,7 +132,7 @@ or a run of 50 tokens.{definitions} The list of dropped files and the corpus has
 {tokens:.1f} million tokens ({steps} steps of 16 rows of 512), {hours:.1f} hours on {device}, seed
 {seed}, by `tools/pretrain_base.py`; the loss curve, versions and every command are in
 `training.json`. The learning rate and the mix of the pools were changed when the run was resumed:
-the commands say at which steps.
+the commands say at which steps.{endings}
 
 ## Measured
 
@@ -148,9 +148,7 @@ Made by `tools/measure_base.py`; all completions are in `measured.json`.
 ## Limits
 
 It has seen Python and the English of docstrings, and nothing else, and little of that: its code has
-the form of code and rarely a purpose, and its most likely text soon runs in circles, which is what
-the last row of the table counts. It knows no facts, follows no
-instruction and must not be used to write code that anyone runs. Its value is to be trained
+the form of code and rarely a purpose. It knows no facts, follows no instruction and must not be used to write code that anyone runs. Its value is to be trained
 further in two minutes. Results on it carry over to large models in mechanics (what is stored,
 what flows where, what is equal to what), not in rankings of methods.
 
@@ -160,6 +158,15 @@ Weights: MIT, as the course's code. The training text is used under the licences
 and of each package. The held-out modules in `../heldout` are CPython's, under the PSF licence
 there.
 """  # noqa: E501 - a Markdown table row is one line
+
+
+ENDINGS = """
+
+A model this small, asked for its most likely text, writes one line for ever. So the last {steps}
+steps (`tools/endings.py`) train it on its own text: it goes on from the beginnings of training
+functions, the longest good start of what it wrote is ended there, and that is learnt
+({own_tokens:,} tokens) beside rows of the corpus. Of {withheld} functions withheld from it,
+{good_before} were completed well before these steps and {good_after} after them."""
 
 
 def card(trained: dict, measured: dict) -> str:
@@ -174,13 +181,17 @@ def card(trained: dict, measured: dict) -> str:
             f" From what is left, {cut['texts']:,} functions and small classes"
             f" ({cut['bytes'] / 1e6:.1f} MB) are used a second time as texts of their own."
         )
+    own = trained.get("endings")
+    if own:
+        own = ENDINGS.format(**own)
     return CARD.format(
+        endings=own or "",
         parameters=trained["parameters"],
         dropped=len(trained["corpus"]["dropped"]),
         definitions=cut,
         tokens=trained["tokens"] / 1e6,
         steps=trained["steps"],
-        hours=trained["hours"],
+        hours=trained["hours"] + (trained.get("endings") or {"seconds": 0})["seconds"] / 3600,
         device="two CPU cores" if trained["device"] == "cpu" else "one GPU",
         seed=trained["seed"],
         files=measured["files"],

@@ -15,6 +15,9 @@ Two choices buy most of the quality that a CPU can afford:
   mix turns to nearly all standard library: the text nearest to the held-out modules comes
   last, when the rate is low and is remembered best.
 
+A last stage (`--endings`, `tools/endings.py`) trains it on its own text, so that it ends what it
+begins and does not write one line for ever.
+
 Everything is under `--out` (default `runs/pretrain`): corpus cache, tokenizer, `checkpoint.pt`
 (replaced atomically), `curve.jsonl`. The export goes to `--export` at the end only.
 """
@@ -41,6 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import corpus  # noqa: E402
+import endings  # noqa: E402
 
 CONTEXT = 512
 VOCAB = 4096
@@ -212,6 +216,10 @@ def main() -> None:
     parser.add_argument(
         "--decay-mix", type=int, nargs=4, default=(7, 0, 1, 8), help="while it falls"
     )
+    parser.add_argument(
+        "--endings", type=int, default=100, help="steps on its own text, at the end"
+    )
+    parser.add_argument("--endings-lr", type=float, default=3e-4, help="AdamW's rate in them")
     parser.add_argument("--micro", type=int, default=4, help="rows a forward pass, of 16 a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -254,7 +262,7 @@ def main() -> None:
         history = saved.get("history", [])
         print(f"resumed at step {step}", flush=True)
     if args.export_now:
-        return export(model, tokenizer, report, args, step, seconds, history)
+        return export(model, tokenizer, report, args, step, seconds, history, None)
     # A run may be resumed with other settings (a longer plan, another rate): say which, and when.
     history.append([step, "python tools/pretrain_base.py " + " ".join(sys.argv[1:])])
 
@@ -316,12 +324,24 @@ def main() -> None:
             print(f"stopped at step {step} of {args.steps}; the same command goes on", flush=True)
             return
     bar.close()
-    export(model, tokenizer, report, args, step, seconds, history)
+    own = None
+    if args.endings:
+        own = endings.teach(
+            model,
+            fast(tokenizer),
+            pools,
+            rows,
+            steps=args.endings,
+            lr=args.endings_lr,
+            seed=args.seed,
+            checkpoint=args.out / "endings.pt",
+        )
+    export(model, tokenizer, report, args, step, seconds, history, own)
 
 
-def export(model, tokenizer, report, args, step, seconds, history) -> None:
-    """Write the checkpoint in bfloat16, its tokenizer, and how it was made."""
-    fast = PreTrainedTokenizerFast(
+def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer as `transformers` knows it."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],
         bos_token=SPECIAL[1],
@@ -330,9 +350,13 @@ def export(model, tokenizer, report, args, step, seconds, history) -> None:
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )
+
+
+def export(model, tokenizer, report, args, step, seconds, history, own) -> None:
+    """Write the checkpoint in bfloat16, its tokenizer, and how it was made."""
     args.export.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.export)
-    fast.save_pretrained(args.export)
+    fast(tokenizer).save_pretrained(args.export)
     curve = {}
     path = args.out / "curve.jsonl"
     if path.exists():  # a resumed run repeats the steps after its last checkpoint: keep the last
@@ -353,6 +377,7 @@ def export(model, tokenizer, report, args, step, seconds, history) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "versions": _versions(),
+        **({"endings": own} if own else {}),
         "corpus": report,
         "curve": [curve[s] for s in sorted(curve) if s <= step and s % 20 == 0],
     }
