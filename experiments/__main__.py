@@ -24,15 +24,15 @@ from qlora_lab.provenance import provenance
 
 OUT = Path("results/cpu")
 SEEDS = (0, 1, 2)
-# Jobs that wait for nobody, the longest first. A seed of `where` needs what seed 0 found.
+# The longest first. `merging` takes the adapters of `methods`, a seed of `where` what seed 0 found.
 JOBS = (
-    ("methods",),
+    *(("methods", "--seeds", str(seed)) for seed in SEEDS),
     *(("adapting", "ranks", "--seeds", str(seed)) for seed in SEEDS),
-    ("low_rank",),
-    *(("merging", "--seeds", str(seed)) for seed in SEEDS),
-    ("adapting", "where"),
-    ("adapting", "learning_rates"),
     *(("next", "--seeds", str(seed)) for seed in SEEDS),
+    ("low_rank",),
+    ("adapting", "learning_rates"),
+    ("adapting", "where"),
+    *(("merging", "--seeds", str(seed)) for seed in SEEDS),
 )
 SUMMARIES = ("methods", "next")  # once more at the end: they collect over seeds
 ALONE = "one_command"  # its times count, so it runs when all else has ended

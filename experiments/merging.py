@@ -27,7 +27,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from experiments.methods import RANK, write
+from experiments.methods import KEPT, RANK, RUNS, write
 from qlora_lab.provenance import provenance
 
 GRADES = ("pairs", "phrasings")  # bits are measured on both, exact match on the harder one
@@ -65,6 +65,9 @@ def trained(method: str, seed: int, steps: int | None = None) -> Path:
     """The folder of a finished run, trained now unless an earlier start has done it."""
     from qlora_lab.training import STEPS, finetune
 
+    shared = RUNS / f"{method}-seed{seed}"
+    if steps is None and method in KEPT and (shared / "result.json").exists():
+        return shared  # the same run, kept by `experiments.methods`
     steps = STEPS if steps is None else steps
     folder = WORK / f"{method}-seed{seed}-{steps}"
     if not (folder / "result.json").exists():

@@ -4,10 +4,11 @@
     python -m experiments.methods --seeds 0 1 2 3 4
 
 Each run writes `results/cpu/methods/<method>-seed<k>.json` (on CUDA: `results/gpu/...`) with
-losses, scores of the six grades, bits per byte on held-out text before and after, and its
-provenance. A file that exists is not made again; delete it to repeat that run. At the end
+losses, scores of the six grades, bits per byte on held-out text afterwards, and its provenance. A
+file that exists is not made again; delete it to repeat that run. At the end
 `results/cpu/methods/summary.json` collects the exact match of every run, and `answers.json` what
-the methods wrote on the first ten rows of two grades, at the first seed.
+the methods wrote on the first ten rows of two grades, at the first seed. Adapters of QLoRA and LoRA
+wait in `runs/methods` for `experiments.merging`.
 
 Beside the four methods: LoRA on a *randomly initialised* base, the base model with three solved
 examples in its prompt, and a regular expression. They answer whether pretraining, training and a
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,6 +31,8 @@ ANSWERED = {"phrasings": 10, "corrections": 10}  # grade -> first rows whose ans
 RANK = 16
 FORGETTING_FILES = 6  # of the held-out files, by name: 10 seconds instead of a minute
 EXAMPLES = 3
+KEPT = ("qlora", "lora")  # whose adapters wait in `RUNS` for `experiments.merging`
+RUNS = Path("runs/methods")
 
 
 def one_run(method: str, seed: int, device: str) -> dict:
@@ -42,6 +46,9 @@ def one_run(method: str, seed: int, device: str) -> dict:
         name = random_base(Path(folder), seed) if method == "lora-random-base" else None
         like = "lora" if name else method
         lr, alpha = recipe(None, like, RANK)  # the random base trains by the same recipe
+        output = RUNS / f"{method}-seed{seed}" if method in KEPT and device == "cpu" else None
+        if output:
+            shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
         result = finetune(
             name,
             like,
@@ -50,6 +57,7 @@ def one_run(method: str, seed: int, device: str) -> dict:
             lr=lr,
             seed=seed,
             device=device,
+            output=output,
             before=False,
             say=lambda line: print(f"  {line}", flush=True),
         )
@@ -170,7 +178,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     out = args.out or Path("results") / ("cpu" if args.device == "cpu" else "gpu") / "methods"
-    if not (out / "controls.json").exists():
+    # Seeds may run side by side: the first of them makes what all of them share.
+    if 0 in args.seeds and not (out / "controls.json").exists():
         print("controls", flush=True)
         write(out / "controls.json", base_run(args.device))
     for seed in args.seeds:
