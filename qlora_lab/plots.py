@@ -607,7 +607,7 @@ def qq_plot(samples: Mapping[str, Sequence[float]], points: int = 101) -> Figure
     normal = [NormalDist().inv_cdf(p) for p in probabilities]
     edge = max(normal)
     gap = max(1, points // 10)  # quantiles from one marker to the next
-    ax.plot([-edge, edge], [-edge, edge], color=FAINT, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+    ax.plot([-edge, edge], [-edge, edge], color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=4)
     for i, (name, sample) in enumerate(samples.items()):
         numbers = sorted(float(x) for x in sample)
         if len(numbers) < 10 or not (spread := pstdev(numbers)) > 0:
