@@ -158,7 +158,7 @@ def collect_answers(folder: Path, seed: int = 0) -> dict:
     """What each method wrote at one seed on the rows of `ANSWERED`, beside what is right."""
     from qlora_lab.data import load_orders
 
-    orders = load_orders(ANSWERED)
+    orders = load_orders(list(ANSWERED))
     rows = [row for grade, count in ANSWERED.items() for row in orders[grade].to_list()[:count]]
     answers = {}
     for path in sorted(folder.glob(f"*-seed{seed}.json")):
