@@ -4,8 +4,8 @@
     python -m experiments.methods --seeds 0 1 2 3 4
 
 Each run writes `results/cpu/methods/<method>-seed<k>.json` (on CUDA: `results/gpu/...`) with
-losses, scores of the six grades, bits per byte on held-out text before and after, and its
-provenance. A file that exists is not made again; delete it to repeat that run. At the end
+losses, scores of the six grades, bits per byte on held-out text afterwards, and its provenance. A
+file that exists is not made again; delete it to repeat that run. At the end
 `results/cpu/methods/summary.json` collects the exact match of every run, and `answers.json` what
 the methods wrote on the first ten rows of two grades, at the first seed.
 
@@ -150,7 +150,7 @@ def collect_answers(folder: Path, seed: int = 0) -> dict:
     """What each method wrote at one seed on the rows of `ANSWERED`, beside what is right."""
     from qlora_lab.data import load_orders
 
-    orders = load_orders(ANSWERED)
+    orders = load_orders(list(ANSWERED))
     rows = [row for grade, count in ANSWERED.items() for row in orders[grade].to_list()[:count]]
     answers = {}
     for path in sorted(folder.glob(f"*-seed{seed}.json")):
