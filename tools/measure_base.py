@@ -125,7 +125,8 @@ Python source text that is present wherever the course's requirements are: the s
 ({core_files} files, {core_mb:.1f} MB), its tests ({tests_files} files, {tests_mb:.1f} MB) and the
 pinned packages ({packages_files} files, {packages_mb:.1f} MB). {dropped} files were dropped because
 they *are* held out, or share with held-out text a normalised function body of six lines or more
-or a run of 50 tokens.{definitions} The list of dropped files and the corpus hash are in `training.json`.
+or a run of 50 tokens.{definitions} The list of
+dropped files and the corpus hash are in `training.json`.
 
 ## Training
 
@@ -143,14 +144,17 @@ the commands say at which steps.{endings}
 | `xz -9` alone | {xz_alone:.3f} |
 | greedy completions of 20 prompts fixed before training that parse, have two statements or more and repeat no line three times (bar: 15) | {good} of 20 |
 
-Made by `tools/measure_base.py`; all completions are in `measured.json`.
+Made by `tools/measure_base.py`; all completions are in `measured.json`. `xz` gets a dictionary as
+large as the training text, so that it forgets nothing; the model saw {seen:.0%} as many tokens as the
+text has, some of it several times.
 
 ## Limits
 
 It has seen Python and the English of docstrings, and nothing else, and little of that: its code has
-the form of code and rarely a purpose. It knows no facts, follows no instruction and must not be used to write code that anyone runs. Its value is to be trained
-further in two minutes. Results on it carry over to large models in mechanics (what is stored,
-what flows where, what is equal to what), not in rankings of methods.
+the form of code and rarely a purpose. It knows no facts, follows no instruction and must not be used
+to write code that anyone runs. Its value is to be trained further in two minutes. Results on it
+carry over to large models in mechanics (what is stored, what flows where, what is equal to what),
+not in rankings of methods.
 
 ## Licences
 
@@ -178,14 +182,15 @@ def card(trained: dict, measured: dict) -> str:
     cut = trained["corpus"].get("definitions", "")  # a model from before that pool has none
     if cut:
         cut = (
-            f" From what is left, {cut['texts']:,} functions and small classes"
-            f" ({cut['bytes'] / 1e6:.1f} MB) are used a second time as texts of their own."
+            f" From what is left, {cut['texts']:,} functions\nand small classes"
+            f" ({cut['bytes'] / 1e6:.1f} MB) are used a second time, as texts of their own."
         )
     own = trained.get("endings")
     if own:
         own = ENDINGS.format(**own)
     return CARD.format(
         endings=own or "",
+        seen=trained["tokens"] / sum(trained["corpus"]["tokens"][name] for name in pools),
         parameters=trained["parameters"],
         dropped=len(trained["corpus"]["dropped"]),
         definitions=cut,
