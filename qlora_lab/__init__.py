@@ -46,6 +46,7 @@ _EXPORTS = {
 }
 
 _MODULES = (
+    "activations",
     "blockwise",
     "bnb_compat",
     "bootstrap",

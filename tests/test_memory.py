@@ -1,4 +1,4 @@
-"""The ledger against the libraries: parameters, bytes, constants, states and saved tensors.
+"""The ledger against the libraries: parameters, bytes, constants and states.
 
 Every number is compared with a model that really exists, loaded in 4 bits by transformers and
 bitsandbytes and adapted by PEFT, small enough for a CPU. Nothing here is compared with the
@@ -7,7 +7,6 @@ ledger's own arithmetic, except where the subject is too large to exist (LLaMA-7
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 import pytest
@@ -15,117 +14,40 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    BloomConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-    T5Config,
-    ViTConfig,
+from small_models import (
+    BATCH,
+    CONFIGS,
+    SEQUENCE,
+    SHAPE,
+    adapt,
+    build,
+    every_config,
+    load,
+    quant_state_tensors,
+    save_checkpoints,
+    token_ids,
 )
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
 
 from qlora_lab import plots
+from qlora_lab.activations import LiveBytes
 from qlora_lab.errors import InputError
 from qlora_lab.memory import (
     LOSS_BYTES_PER_LOGIT,
-    LiveBytes,
     adam_bytes,
     constant_bytes,
     ledger,
-    llama_block_activations,
     packed_bytes,
-    record_saved,
 )
-
-VOCABULARY, BATCH, SEQUENCE = 320, 2, 24
-_shape = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_gpt = {"vocab_size": VOCABULARY, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
-_no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-CONFIGS = {
-    "llama": LlamaConfig(**_shape),
-    "llama-tied": LlamaConfig(**_shape, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**_shape, num_key_value_heads=2),
-    "mistral": MistralConfig(**_shape, num_key_value_heads=2, sliding_window=None),
-    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=4, n_head=4),
-    "gpt2": GPT2Config(**_gpt, n_embd=64, n_positions=64, **_no_dropout),
-}
-LLAMA_FAMILY = ("llama", "qwen2", "mistral")
-every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Folders with a random float32 checkpoint of each architecture."""
-    folders = {}
-    for name, config in CONFIGS.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
-    return folders
-
-
-def load(folder, dtype=torch.float32, bits=16, double_quant=True, attention=None):
-    extra = {"attn_implementation": attention} if attention else {}
-    if bits == 4:
-        extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).train()
-
-
-def adapt(model, r=4, targets="all-linear", kbit_prep=False):
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if kbit_prep:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
-
-
-def build(folder, method, dtype=torch.float32, attention=None, kbit_prep=False, r=4):
-    """The real thing for each method of the ledger."""
-    bits = 4 if method == "qlora" else 16
-    model = load(folder, dtype, bits, attention=attention)
-    return model if method == "full" else adapt(model, r=r, kbit_prep=kbit_prep)
-
-
-def quant_state_tensors(model):
-    """Every tensor of every quant_state in a model, found by looking and not by name."""
-
-    def tensors(state):
-        for value in vars(state).values():
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif type(value).__name__ == "QuantState":
-                yield from tensors(value)
-
-    for parameter in model.parameters():
-        if hasattr(parameter, "quant_state"):
-            yield from tensors(parameter.quant_state)
+    return save_checkpoints(tmp_path_factory)
 
 
 def storage_bytes(tensors):
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def token_ids():
-    return torch.randint(3, VOCABULARY, (BATCH, SEQUENCE), generator=torch.manual_seed(1))
 
 
 # Parameters and bytes of the base model
@@ -184,7 +106,7 @@ def test_kbit_prep_casts_what_is_not_4_bit(checkpoints, name):
 def test_a_mixture_keeps_its_experts_in_16_bits():
     """Fused expert weights are parameters, not linear layers, and load_in_4bit passes them by."""
     config = MixtralConfig(
-        **_shape, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+        **SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
     )
     book = ledger(config, batch=0)
     experts = 4 * 4 * 3 * 64 * 192  # layers x experts x (gate, up, down)
@@ -258,7 +180,7 @@ def test_optimizer_state_is_the_optimizers(checkpoints, optimizer, method):
 
 
 def test_paged_state_follows_the_hundred_thousand_rule():
-    wide = LlamaConfig(**{**_shape, "hidden_size": 4096, "intermediate_size": 11008})
+    wide = LlamaConfig(**{**SHAPE, "hidden_size": 4096, "intermediate_size": 11008})
     layers, eight, sixteen = 4, 2 * 8 * 4096, 16 * 11008
     assert ledger(wide, r=8, paged=True, batch=0)["optimizer state"].pageable == 0
     assert eight < 100_000 <= sixteen
@@ -305,86 +227,7 @@ def test_780_gb_for_65b():
     assert book.total / 1e9 == pytest.approx(780, rel=0.005)
 
 
-# Activations: formula = trace = a real model
-
-
-def measured(model, **extra):
-    """Bytes that a real forward pass saves, the loss left out, each storage once."""
-    with record_saved(model) as saved:
-        model(input_ids=token_ids(), use_cache=False, **extra)
-    return sum(each.bytes for each in saved)
-
-
-@every_config
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize(
-    ("dtype", "attention"), [(torch.bfloat16, "sdpa"), (torch.float32, "eager")]
-)
-def test_trace_equals_a_real_model(checkpoints, name, method, dtype, attention):
-    supported = "eager" if name == "bloom" else attention  # Bloom has no sdpa; the ledger knows
-    model = build(checkpoints[name], method, dtype, supported)
-    book = ledger(
-        CONFIGS[name],
-        method,
-        r=4,
-        batch=BATCH,
-        sequence=SEQUENCE,
-        dtype=dtype,
-        attention=attention,
-    )
-    assert book["activations"].bytes == measured(model)
-
-
-@pytest.fixture
-def cuda_autocast(monkeypatch):
-    """Let PEFT see autocast as it sees it on a GPU: it asks without naming a device."""
-    ask = torch.is_autocast_enabled  # autocast itself asks for its own device, to restore it
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device or ask(*device))
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_trace_equals_a_real_model_under_autocast(checkpoints, name, method, cuda_autocast):
-    dtype = torch.float32 if method == "full" else torch.bfloat16
-    model = build(checkpoints[name], method, dtype, "sdpa")
-    with torch.autocast("cpu", torch.bfloat16):
-        real = measured(model)
-    book = ledger(
-        CONFIGS[name], method, r=4, batch=BATCH, sequence=SEQUENCE, dtype=dtype, autocast=True
-    )
-    assert book["activations"].bytes == real
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_trace_equals_a_real_model_after_kbit_prep(checkpoints, name, autocast, request):
-    if autocast:
-        request.getfixturevalue("cuda_autocast")
-    model = build(checkpoints[name], "qlora", torch.bfloat16, "sdpa", kbit_prep=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        real = measured(model)
-    book = ledger(
-        CONFIGS[name],
-        r=4,
-        batch=BATCH,
-        sequence=SEQUENCE,
-        kbit_prep=True,
-        autocast=autocast,
-    )
-    assert book["activations"].bytes == real
-
-
-@pytest.mark.parametrize("name", LLAMA_FAMILY)
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32",) * 2, ("bfloat16",) * 2])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_formula_equals_trace(name, method, dtypes, attention):
-    shared = {"r": 4, "batch": BATCH, "sequence": SEQUENCE, "attention": attention}
-    shared |= {"dtype": dtypes[0], "adapter_dtype": dtypes[1]}
-    seen = ledger(CONFIGS[name], method, **shared).activations
-    typical = list(seen.blocks)[-1]
-    on_paper = llama_block_activations(CONFIGS[name], method, **shared)
-    assert seen.block_bytes(typical) == on_paper
+# A live step, and a model too large to exist
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -432,61 +275,6 @@ def test_live_memory_of_a_real_step(checkpoints, method, dtype, checkpointing):
     assert gradients == book["gradients"].bytes
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dropout_costs_a_mask_and_a_copy(dtype):
-    """Each adapter keeps its own thinned-out input and one byte an element for the mask."""
-    shared = {"r": 4, "batch": BATCH, "sequence": SEQUENCE, "dtype": dtype}
-    block = "model.layers.1"  # the first block's q, k, v read embeddings, which need no gradient
-    plain = ledger(CONFIGS["llama"], **shared).activations.block_bytes(block)
-    thinned = ledger(CONFIGS["llama"], **shared, dropout=0.1).activations.block_bytes(block)
-    h, f, tokens = 64, 192, BATCH * SEQUENCE
-    masks = 6 * h + f
-    copies = 0  # beside a 16-bit base every adapter has a float32 copy of its input anyway
-    if dtype == "float32":  # q, k, v shared h; gate, up shared h; o used the attention's result
-        copies = 4 * (2 * h + 1 * h + 1 * h)
-    assert thinned - plain == tokens * (masks + copies)
-
-
-def test_dropout_is_counted_as_cuda_keeps_it():
-    """GPT-2's own dropouts: the CPU keeps a float a value, CUDA one byte, the ledger says CUDA."""
-    config = GPT2Config(**_gpt, n_embd=64, n_positions=64, **{**_no_dropout, "resid_pdrop": 0.1})
-    without = ledger(CONFIGS["gpt2"], "full", batch=BATCH, sequence=SEQUENCE)["activations"].bytes
-    with_it = ledger(config, "full", batch=BATCH, sequence=SEQUENCE)["activations"].bytes
-    assert with_it - without == 4 * 2 * BATCH * SEQUENCE * 64  # layers x two per block
-
-
-def test_equal_blocks_are_folded_without_changing_the_sum():
-    """A stack of 2 is run whole, a stack of 9 is folded to 2: the difference is 7 blocks."""
-    sizes = {}
-    for layers in (2, 9):
-        config = LlamaConfig(**{**_shape, "num_hidden_layers": layers})
-        sizes[layers] = ledger(config, r=4, batch=BATCH, sequence=SEQUENCE)
-    nine, two = (sizes[n]["activations"].bytes for n in (9, 2))
-    block = sizes[9].activations.block_bytes("model.layers.1")
-    assert sizes[9].activations.blocks == {"model.layers.0": 1, "model.layers.1": 8}
-    assert nine - two == 7 * block
-
-
-def test_blocks_that_differ_are_not_folded(checkpoints):
-    targets = r".*layers\.[02]\..*_proj"
-    model = adapt(load(checkpoints["llama"], torch.bfloat16, attention="sdpa"), targets=targets)
-    book = ledger(CONFIGS["llama"], "lora", r=4, targets=targets, batch=BATCH, sequence=SEQUENCE)
-    assert len(book.activations.blocks) == 4
-    assert book["activations"].bytes == measured(model)
-
-
-def test_a_mixture_and_an_encoder_decoder_are_traced_too():
-    mixture = MixtralConfig(
-        **_shape, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
-    )
-    t5 = T5Config(
-        vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-        dropout_rate=0.0, decoder_start_token_id=0,
-    )  # fmt: skip
-    for config in (mixture, t5):
-        assert ledger(config, "lora", r=4, batch=1, sequence=8)["activations"].bytes > 0
-
-
 def test_the_65b_ledger_allocates_nothing():
     resource = pytest.importorskip("resource", reason="Windows counts memory elsewhere")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -529,18 +317,13 @@ def test_rows_add_up_and_are_found_by_name():
         book["weights"]
 
 
-def test_saved_tensors_as_a_table():
-    text = str(ledger(CONFIGS["llama"], r=4, batch=BATCH, sequence=SEQUENCE).activations)
-    assert "self_attn.q_proj" in text and "one block of 4" in text
-
-
 def test_a_folder_is_as_good_as_a_config(checkpoints):
     book = ledger(str(checkpoints["llama"]), batch=0)
     assert book.rows == ledger(CONFIGS["llama"], batch=0).rows
 
 
 def test_the_config_is_not_changed():
-    config = LlamaConfig(**_shape)
+    config = LlamaConfig(**SHAPE)
     before = config.to_json_string()
     ledger(config, sequence=8)
     assert config.to_json_string() == before
@@ -588,44 +371,6 @@ def test_adam_bytes_at_the_edges():
     assert adam_bytes(10) == 80
 
 
-def test_recording_changes_no_output():
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
-    plain = model(input_ids=token_ids()).logits
-    with record_saved(model) as saved:
-        recorded = model(input_ids=token_ids()).logits
-    assert torch.equal(plain, recorded) and saved
-    assert {s.module for s in saved} >= {"model.norm", "model.layers.3.mlp.down_proj"}
-
-
-def test_live_bytes_follow_every_operation():
-    """Three operations on a model that is not counted itself: one by one, by hand."""
-    model = torch.nn.Linear(8, 4, bias=False)
-    with LiveBytes(model) as live:
-        x = torch.ones(2, 8)  # 64 bytes
-        y = model(x)  # 32 more; the weight's transpose is a view of the weight
-        z = y * 2  # 32 more
-        assert live.timeline[-1] == 128
-        del z
-        assert live.now() == 96
-        x = x.view(16)  # a view is no new memory
-    assert live.now() == 96 and max(live.timeline) == 128 and y.shape == (2, 4)
-
-
-def test_live_bytes_of_a_4_bit_model_leave_its_constants_out(checkpoints):
-    model = build(checkpoints["llama"], "qlora")
-    with LiveBytes(model) as live:
-        for tensor in quant_state_tensors(model):
-            tensor.view(-1)
-    assert set(live.timeline) == {0}
-
-
-def test_hooks_are_gone_after_recording():
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
-    with contextlib.suppress(ZeroDivisionError), record_saved(model):
-        raise ZeroDivisionError
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-
-
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -634,10 +379,6 @@ def test_hooks_are_gone_after_recording():
         (lambda: packed_bytes(1.5), "numel 1.5"),
         (lambda: constant_bytes(64, 48), "blocksize=48: use a power of two"),
         (lambda: constant_bytes(-1), "numel -1"),
-        (lambda: LiveBytes(("model", "tokenizer")), "give a model: .* its .model"),
-        (lambda: record_saved(None).__enter__(), "model None"),
-        (lambda: llama_block_activations(CONFIGS["gpt2"]), "has no formula"),
-        (lambda: llama_block_activations(CONFIGS["llama"], sequence="8"), "sequence '8'"),
     ],
 )
 def test_numbers_of_another_kind_are_refused(call, says):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from qlora_lab.memory import ledger, record_saved
+from qlora_lab.activations import record_saved
+from qlora_lab.memory import ledger
 from qlora_lab.paged_optimizer import is_paged
 
 pytestmark = pytest.mark.gpu
