@@ -124,9 +124,10 @@ def measure(model, tokenizer, rows: list[dict], task: str) -> dict:
     import math
 
     from qlora_lab.data import prompt
-    from qlora_lab.evaluation import exact_match, generate, score_lines
+    from qlora_lab.evaluation import generate
     from qlora_lab.loading import quiet
     from qlora_lab.merge import answer_bits
+    from qlora_lab.scoring import exact_match, score_lines
 
     truth = [row["answer"] for row in rows]
     with quiet():

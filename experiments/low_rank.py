@@ -47,8 +47,8 @@ def trained_update(seed: int, cache: Path) -> dict:
     """Fine-tune all weights once; return what was added to each parameter, by its name."""
     import torch
 
+    from qlora_lab.finetuning import finetune
     from qlora_lab.loading import load_model
-    from qlora_lab.training import finetune
 
     path = cache / f"update-seed{seed}.pt"
     if path.exists():

@@ -63,7 +63,8 @@ def measuring(tokenizer):
 
 def trained(method: str, seed: int, steps: int | None = None) -> Path:
     """The folder of a finished run, trained now unless an earlier start has done it."""
-    from qlora_lab.training import STEPS, finetune
+    from qlora_lab.finetuning import finetune
+    from qlora_lab.training import STEPS
 
     shared = RUNS / f"{method}-seed{seed}"
     if steps is None and method in KEPT and (shared / "result.json").exists():
@@ -135,7 +136,7 @@ def updates(adapter: Path) -> dict:
 
 def against(reference: list[float], bits: list[float], sizes: list[int]) -> dict:
     """Bits per byte of the answers, and what they are above the first rung's, with interval."""
-    from qlora_lab.evaluation import paired_difference
+    from qlora_lab.intervals import paired_difference
 
     added = paired_difference(reference, bits, sizes)
     return {

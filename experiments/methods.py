@@ -39,7 +39,7 @@ def one_run(method: str, seed: int, device: str) -> dict:
     """Fine-tune once and measure; the record is ready for JSON."""
     from qlora_lab.data import heldout_texts
     from qlora_lab.evaluation import bits_per_byte
-    from qlora_lab.training import finetune, recipe
+    from qlora_lab.finetuning import finetune, recipe
 
     texts = list(heldout_texts(FORGETTING_FILES).values())
     with tempfile.TemporaryDirectory() as folder:
@@ -95,17 +95,12 @@ def random_base(folder: Path, seed: int) -> Path:
 
 def base_run(device: str) -> dict:
     """The base model untrained: with no example, with three, and its bits per byte in 16 and 4."""
+    from qlora_lab.baselines import few_shot_examples, few_shot_prompt, regex_baseline
     from qlora_lab.data import heldout_texts, load_orders
-    from qlora_lab.evaluation import (
-        bits_per_byte,
-        evaluate_orders,
-        few_shot_examples,
-        few_shot_prompt,
-        regex_baseline,
-        score,
-    )
+    from qlora_lab.evaluation import bits_per_byte, evaluate_orders
+    from qlora_lab.finetuning import score_record
     from qlora_lab.loading import load_model, quiet
-    from qlora_lab.training import score_record
+    from qlora_lab.scoring import score
 
     orders = load_orders()
     tests = {grade: orders[grade] for grade in GRADES}

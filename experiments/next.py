@@ -138,9 +138,10 @@ def one_run(method: str, seed: int, size: int | None = None) -> dict:
 
     from qlora_lab.data import load_orders
     from qlora_lab.evaluation import evaluate_orders
+    from qlora_lab.finetuning import LEARNING_RATE as TUNED
+    from qlora_lab.finetuning import score_record
     from qlora_lab.loading import quiet
-    from qlora_lab.training import LEARNING_RATE as TUNED
-    from qlora_lab.training import score_record, train
+    from qlora_lab.training import train
 
     orders = load_orders()
     rows = orders["train"] if size is None else orders["train"].shuffle(seed).select(range(size))

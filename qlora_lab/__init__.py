@@ -41,12 +41,13 @@ _EXPORTS = {
     "ledger": "memory",
     "PageCache": "paged_optimizer",
     "load_model": "loading",
-    "finetune": "training",
+    "finetune": "finetuning",
     "checkpoint": "sections",
 }
 
 _MODULES = (
     "activations",
+    "baselines",
     "blockwise",
     "bnb_compat",
     "bootstrap",
@@ -57,6 +58,8 @@ _MODULES = (
     "double_quant",
     "errors",
     "evaluation",
+    "finetuning",
+    "intervals",
     "loading",
     "lora",
     "low_rank",
@@ -68,6 +71,7 @@ _MODULES = (
     "provenance",
     "qlora",
     "recorded",
+    "scoring",
     "sections",
     "training",
 )

@@ -128,7 +128,9 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise InputError("--resume needs --output, the folder of the unfinished run")
 
     from qlora_lab import distributed
-    from qlora_lab.training import STEPS, default_device, finetune
+    from qlora_lab.finetuning import finetune
+    from qlora_lab.loading import default_device
+    from qlora_lab.training import STEPS
 
     distributed.start(arguments.device or default_device())
     output = arguments.output or distributed.first(lambda: next_folder(RUNS, "finetune"))
@@ -175,7 +177,7 @@ def _show(result, asked: bool) -> None:
         print(f"measured in {result.evaluation_seconds:.0f} s; exact match:\n\n{result.table()}")
     if asked:
         from qlora_lab.data import load_orders
-        from qlora_lab.evaluation import exact_match
+        from qlora_lab.scoring import exact_match
 
         print("\nthree answers to orders it never saw")
         for grade in ("pairs", "copying", "corrections"):
@@ -211,8 +213,8 @@ def _ask(arguments: argparse.Namespace) -> None:
     asked = prompt(arguments.text)  # an empty one is refused before the heavy imports
 
     from qlora_lab.evaluation import generate
+    from qlora_lab.finetuning import load_adapter
     from qlora_lab.loading import quiet
-    from qlora_lab.training import load_adapter
 
     loaded = load_adapter(folder, arguments.model, bits=arguments.bits, device=arguments.device)
     with quiet():
@@ -223,9 +225,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tests = _own_tests(arguments.test)
     from qlora_lab.data import load_orders
     from qlora_lab.evaluation import evaluate_orders
+    from qlora_lab.finetuning import load_adapter
     from qlora_lab.loading import load_model, quiet
     from qlora_lab.orders import GRADES
-    from qlora_lab.training import load_adapter
 
     how = {"bits": arguments.bits, "device": arguments.device}
     if arguments.adapter:

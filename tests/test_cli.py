@@ -196,7 +196,7 @@ def test_files_of_other_editors_are_read(tmp_path):
 @pytest.fixture
 def small_orders(monkeypatch):
     """The shipped orders, a few rows of each split."""
-    from qlora_lab import data, training
+    from qlora_lab import data, finetuning
 
     def few(splits=data.SPLITS, folder=None):
         loaded = original(splits, folder)
@@ -204,7 +204,7 @@ def small_orders(monkeypatch):
 
     original = data.load_orders
     monkeypatch.setattr(data, "load_orders", few)
-    monkeypatch.setattr(training, "load_orders", few)
+    monkeypatch.setattr(finetuning, "load_orders", few)
 
 
 def test_a_run_from_end_to_end(small_orders, capsys, tmp_path):
@@ -278,12 +278,12 @@ def test_ones_own_rows(data, test_file, tmp_path, capsys):
 
 
 def test_a_stopped_run_is_resumed(data, capsys, monkeypatch, tmp_path):
-    from qlora_lab import training
+    from qlora_lab import finetuning
 
     argv = ["finetune", "--data", data, "--steps", "2", "--batch-size", "2", "--save-every", "1"]
     argv += ["--output", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", stop)
+        patch.setattr(finetuning, "save", stop)
         assert main(argv) == 130
     assert main(argv) == 2
     assert "--resume" in capsys.readouterr().err
@@ -296,9 +296,9 @@ def stop(*args, **kwargs):
 
 
 def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
-    from qlora_lab import training
+    from qlora_lab import finetuning
 
-    monkeypatch.setattr(training, "finetune", stop)
+    monkeypatch.setattr(finetuning, "finetune", stop)
     assert main(["finetune"]) == 130
     err = capsys.readouterr().err
     assert err.strip().startswith("qlora-lab: stopped") and "Traceback" not in err

@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_model import save_tiny
 
-from qlora_lab import distributed, training
+from qlora_lab import distributed
 from qlora_lab.cli import main
 from qlora_lab.errors import InputError
+from qlora_lab.finetuning import finetune, load_adapter
 from qlora_lab.loading import load_model
 from qlora_lab.orders import make_rows
-from qlora_lab.training import finetune, last_complete_checkpoint, load_adapter
+from qlora_lab.training import attach_adapter, last_complete_checkpoint
 
 ROWS = make_rows("train", 40)
 SAME = {"r": 4, "alpha": 32, "lr": 1e-2, "steps": 6}
@@ -27,7 +28,7 @@ import torch
 from qlora_lab import distributed
 from qlora_lab.cli import read_rows
 from qlora_lab.errors import InputError
-from qlora_lab.training import attach_adapter, finetune
+from qlora_lab.finetuning import finetune
 
 base, rows = sys.argv[1], read_rows("rows.jsonl")
 distributed.start("cpu")
@@ -56,7 +57,7 @@ distributed.stop()
 
 
 def start(folder: Path, *command: str) -> subprocess.Popen:
-    root = str(Path(training.__file__).parents[1])
+    root = str(Path(distributed.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*TORCHRUN, *command],
@@ -108,7 +109,7 @@ def test_ddp_sends_the_gradients_of_the_adapters_and_little_else(alone, both):
 
 def test_fsdp_gathers_every_block_twice_and_the_rest_once(folder, alone, both):
     out = both[0]["fsdp"]
-    held = distributed.held_bytes(training.attach_adapter(load_model(folder / "base").model, 4))
+    held = distributed.held_bytes(attach_adapter(load_model(folder / "base").model, 4))
     blocks = 2  # and everything else is embeddings and one norm
     norms = blocks * 2 * 64 * 4
     once = held["embeddings"] - norms

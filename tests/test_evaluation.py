@@ -1,6 +1,5 @@
-"""Scores, bits and intervals against slow or exact counterparts."""
+"""Answers and bits against slow or exact counterparts."""
 
-import json
 import math
 
 import numpy as np
@@ -13,8 +12,6 @@ from tiny_model import learn_by_heart, tiny_model, tiny_tokenizer
 from qlora_lab import data, evaluation, orders
 from qlora_lab.errors import InputError
 from qlora_lab.merge import answer_bits
-
-ORDER = {"name": "Anna", "items": [{"count": 2, "size": "large", "item": "tea", "with": ["mint"]}]}
 
 SEVERAL_LINES = "yes\nand more\nof it"
 
@@ -144,74 +141,7 @@ def test_bad_prompts(tokenizer):
     assert evaluation.generate(model, tokenizer, [], 5) == []
 
 
-# --- scores ----------------------------------------------------------------------------------
-
-
-def test_exact_match_compares_parsed_json():
-    answer = orders.to_json(ORDER)
-    assert evaluation.exact_match(json.dumps(ORDER, indent=1), answer)
-    assert not evaluation.exact_match(answer.replace("2", "3"), answer)
-    assert not evaluation.exact_match(answer[:-1], answer)
-    assert not evaluation.exact_match("", answer)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"a"', "[" * 100_000, "{} {}"])
-def test_what_is_no_object_is_not_valid(text):
-    assert evaluation.parse(text) is None
-    assert not evaluation.exact_match(text, text)
-    hits = evaluation.field_hits(text, orders.to_json(ORDER))
-    assert all(right == 0 and total == 1 for right, total in hits.values())
-
-
-def test_fields_are_counted_by_position():
-    two = ORDER | {"items": [ORDER["items"][0], ORDER["items"][0] | {"size": None}]}
-    hits = evaluation.field_hits(orders.to_json(ORDER), orders.to_json(two))
-    assert hits["name"] == (1, 1) and hits["size"] == hits["item"] == (1, 2)
-    swapped = two | {"items": two["items"][::-1]}
-    hits = evaluation.field_hits(orders.to_json(swapped), orders.to_json(two))
-    assert hits["count"] == hits["item"] == hits["with"] == (2, 2) and hits["size"] == (0, 2)
-
-
-def test_too_many_items_are_wrong_too():
-    two = ORDER | {"items": ORDER["items"] * 2}
-    assert evaluation.field_hits(orders.to_json(two), orders.to_json(ORDER))["item"] == (1, 2)
-
-
-@pytest.mark.parametrize("items", ["3", '"tea"', "[1, 2]", "null", '[{"item": []}]', "{}"])
-def test_odd_items_are_wrong_and_not_an_error(items):
-    hits = evaluation.field_hits(f'{{"name":"Anna","items":{items}}}', orders.to_json(ORDER))
-    assert hits["name"] == (1, 1) and hits["item"][0] == 0
-
-
-def test_a_missing_size_is_not_a_null_size():
-    none = ORDER | {"items": [ORDER["items"][0] | {"size": None}]}
-    without = '{"name":"Anna","items":[{"count":2,"item":"tea","with":["mint"]}]}'
-    assert evaluation.field_hits(without, orders.to_json(none))["size"] == (0, 1)
-
-
-def test_score_of_a_mixed_set():
-    answers = [orders.to_json(ORDER)] * 4
-    wrong = answers[0].replace("Anna", "Ben")
-    score = evaluation.score([answers[0], wrong, answers[0][:-3], "no"], answers)
-    assert score.exact == [True, False, False, False] and score.valid == [True, True, False, False]
-    assert (score.exact_match, score.valid_json) == (0.25, 0.5)
-    assert score.fields == {"name": 0.25, "count": 0.5, "size": 0.5, "item": 0.5, "with": 0.5}
-    low, high = score.interval()
-    assert 0 <= low < 0.25 < high <= 1
-    assert str(score).startswith("exact match 25.0% [") and str(score).endswith("n=4")
-
-
-def test_score_refuses_what_it_cannot_pair():
-    with pytest.raises(InputError):
-        evaluation.score([], [])
-    with pytest.raises(InputError):
-        evaluation.score(["{}"], [])
-    with pytest.raises(InputError, match="no JSON object"):
-        evaluation.score(["{}"], ["nonsense"])
-
-
-def test_score_lines():
-    assert evaluation.score_lines(["1234\n", "12"], ["1234", "1234"]) == [True, False]
+# --- test sets -------------------------------------------------------------------------------
 
 
 def test_evaluate_orders_scores_each_grade(model, tokenizer, rows):
@@ -337,140 +267,3 @@ def test_empty_texts_are_refused(tokenizer):
         evaluation.bits_per_byte(tiny_model(), tokenizer, ["x", ""], 64, 32)
     with pytest.raises(InputError, match="no text to measure"):
         evaluation.bits_per_byte(tiny_model(), tokenizer, [], 64, 32)
-
-
-# --- intervals -------------------------------------------------------------------------------
-
-
-def test_interval_is_seeded_and_holds_the_mean():
-    values = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1] * 10
-    first = evaluation.bootstrap_interval(values)
-    assert first == evaluation.bootstrap_interval(values)
-    uneven = np.random.default_rng(0).normal(size=50)
-    other = evaluation.bootstrap_interval(uneven, seed=1)
-    assert other != evaluation.bootstrap_interval(uneven, seed=2)
-    mean, low, high = first
-    # the normal approximation: 0.7 +- 1.96 * sqrt(0.7 * 0.3 / 100)
-    assert mean == 0.7 and low == pytest.approx(0.61, abs=0.015)
-    assert high == pytest.approx(0.79, abs=0.015)
-
-
-def test_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(300):
-        values = rng.normal(3.0, 1.0, size=60)
-        _, low, high = evaluation.bootstrap_interval(values, resamples=600, seed=trial)
-        hits += low <= 3.0 <= high
-    assert 0.90 <= hits / 300 <= 0.98
-
-
-def test_interval_of_equal_values_has_no_width():
-    assert evaluation.bootstrap_interval([1.0] * 20) == (1.0, 1.0, 1.0)
-
-
-def test_weighted_interval_is_of_the_ratio():
-    bits, sizes = [8.0, 30.0, 2.0], [10, 20, 2]
-    mean, low, high = evaluation.bootstrap_interval(bits, weights=sizes)
-    assert mean == 40 / 32 and low >= 0.8 and high <= 1.5
-
-
-def test_paired_difference_is_narrower_than_two_intervals():
-    rng = np.random.default_rng(1)
-    hard = rng.normal(size=200)
-    first, second = hard, hard + 0.1 + 0.05 * rng.normal(size=200)
-    mean, low, high = evaluation.paired_difference(first, second)
-    assert mean == pytest.approx(np.mean(second) - np.mean(first)) and 0 < low < mean < high
-    _, alone_low, alone_high = evaluation.bootstrap_interval(first)
-    assert (high - low) < 0.2 * (alone_high - alone_low)
-    back = evaluation.paired_difference(second, first)
-    np.testing.assert_allclose(back, (-mean, -high, -low), atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: evaluation.bootstrap_interval([]), "equally long"),
-        (lambda: evaluation.bootstrap_interval([1, 2], weights=[1]), "equally long"),
-        (lambda: evaluation.bootstrap_interval([1, 2], confidence=95), "confidence 95"),
-        (lambda: evaluation.paired_difference([1, 2], [1]), "not pairs"),
-        (lambda: evaluation.paired_difference([1, 2], [1, float("nan")]), "NaN or infinity"),
-        (lambda: evaluation.paired_difference(1, 2), "not pairs"),
-        (lambda: evaluation.paired_difference(["a"], ["b"]), "first .* give a list of numbers"),
-        (lambda: evaluation.bootstrap_interval([1, float("inf")]), "values hold NaN or infinity"),
-        (lambda: evaluation.bootstrap_interval([1, 2], [0, 0]), "a weight is 0 or less"),
-        (lambda: evaluation.bootstrap_interval([1, 2], [1, float("nan")]), "weights hold NaN"),
-        (lambda: evaluation.bootstrap_interval([1, 2], confidence="0.95"), "confidence '0.95'"),
-        (lambda: evaluation.bootstrap_interval([1, 2], resamples=0), "resamples 0"),
-        (lambda: evaluation.bootstrap_interval([1, 2], seed=-1), "seed -1"),
-        (lambda: evaluation.parse(None), "an answer None is not possible"),
-        (lambda: evaluation.field_hits("{}", '{"name":"A"}'), "no order with a name and items"),
-        (lambda: evaluation.score("ab", ["{}", "{}"]), "predictions 'ab'"),
-        (lambda: evaluation.score_lines(["a"], ["a", "b"]), "1 predictions for 2 answers"),
-        (lambda: evaluation.regex_baseline(3), "the order 3 is no text"),
-        (lambda: evaluation.few_shot_prompt([{"text": "a"}], "b"), "a row needs"),
-        (lambda: evaluation.few_shot_examples([], 0), "count 0"),
-    ],
-)
-def test_bad_values(call, message):
-    with pytest.raises(InputError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
-
-
-# --- controls --------------------------------------------------------------------------------
-
-
-def test_few_shot_prompt_ends_where_the_answer_begins():
-    examples = orders.make_rows("train", 2)
-    text = evaluation.few_shot_prompt(examples, "two teas for Bob")
-    assert text.splitlines() == [
-        "# " + examples[0]["text"],
-        examples[0]["answer"],
-        "# " + examples[1]["text"],
-        examples[1]["answer"],
-        "# two teas for Bob",
-    ]
-    assert text.endswith("\n")
-    assert evaluation.few_shot_prompt([], "two teas") == data.prompt("two teas")
-
-
-def test_few_shot_examples_leave_room_for_the_longest_order():
-    rows = orders.make_rows("train", 100)
-    examples = evaluation.few_shot_examples(rows)
-    assert len(examples) == 3 and all(row in rows for row in examples)
-    for row in examples:
-        (item,) = json.loads(row["answer"])["items"]
-        assert item["with"] and not row["correction"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "two large teas with mint for Anna",
-        "Anna would like 2 large teas with mint",
-        "could I get two large teas with mint? the name is Anna",
-    ],
-)
-def test_regex_reads_the_plain_form(text):
-    assert evaluation.exact_match(evaluation.regex_baseline(text), orders.to_json(ORDER))
-
-
-@given(st.text(alphabet="atwo12sxI,? Awith", max_size=60))
-def test_regex_survives_anything(text):
-    assert evaluation.parse(evaluation.regex_baseline(text)) is not None
-
-
-def test_regex_leaves_room_for_a_model():
-    """A task that regular expressions solve is no task for a language model.
-
-    The bound leaves them the grades of one plain item each; corrections they cannot do at all.
-    """
-    for grade in orders.GRADES:
-        rows = orders.make_rows(grade, 100)
-        score = evaluation.score(
-            [evaluation.regex_baseline(row["text"]) for row in rows],
-            [row["answer"] for row in rows],
-        )
-        bound = 0.05 if grade == "corrections" else 0.9
-        assert score.valid_json == 1.0 and score.exact_match < bound, grade

@@ -271,7 +271,7 @@ def test_the_notation_pages_numbers():
         assert number(alpha) / number(rank) == number(ratio)
     from peft import LoraConfig
 
-    from qlora_lab.training import recipe
+    from qlora_lab.finetuning import recipe
 
     ratios = {row[0]: row[1:3] for row in tables(text)["Where | $\\alpha$ | $r$ | $\\alpha / r$"]}
     assert ratios["PEFT's defaults"] == [str(LoraConfig().lora_alpha), str(LoraConfig().r)]

@@ -95,7 +95,7 @@ def test_embedded_paths_exist_and_say_so_when_they_do_not(monkeypatch, tmp_path)
 def test_no_module_imports_one_above_it():
     """Data flows one way: codebooks, blocks, scales, layers, then what stands on them."""
     order = ["errors", "codebooks", "double_quant", "blockwise", "low_rank", "lora", "qlora"]
-    top = ["loading", "training", "evaluation", "plots", "cli", "merge"]
+    top = ["loading", "training", "finetuning", "evaluation", "plots", "cli", "merge"]
     for rank, module in enumerate(order):
         tree = ast.parse((ROOT / "qlora_lab" / f"{module}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):

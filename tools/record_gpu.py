@@ -81,7 +81,8 @@ def record(method: str, device: str, seed: int = 0, steps: int | None = None) ->
         `Result.record()` and, under "ms_a_step", the mean time of a training step.
     """
     from qlora_lab.data import load_orders
-    from qlora_lab.training import STEPS, finetune
+    from qlora_lab.finetuning import finetune
+    from qlora_lab.training import STEPS
 
     run = {"method": method, "device": device, "seed": seed, "progress": False}
     rows = tests = None

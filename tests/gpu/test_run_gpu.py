@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_model import save_tiny
 
+from qlora_lab.finetuning import finetune, load_adapter
 from qlora_lab.loading import four_bit_layers, load_model
 from qlora_lab.orders import make_rows
-from qlora_lab.training import finetune, load_adapter
 
 pytestmark = pytest.mark.gpu
 
