@@ -1,7 +1,7 @@
 """The numbers of the text: each stands in an output beside it, in a record, or has its source.
 
-Only numbers with a decimal point or a percent sign are looked at: these are results. A whole
-number may be a rank, a chapter or a year.
+Looked at are numbers with a decimal point, a percent sign or a comma after the thousands: these are
+results. A shorter whole number may be a rank, a chapter or a year.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ SCALE = {"million": 1e6, "billion": 1e9}
 SOURCE = re.compile(
     r"\]\(http|\]\(\.\./book/references|\b(paper|[Tt]able|appendix)\b|[=≈×·]|\bet al\."
 )
+RESULT = re.compile(r"[.%]|\d,\d{3}")
+# What everybody can look up: 16-bit patterns, float16's largest number, bitsandbytes' bound.
+CONSTANTS = {65_536.0, 65_504.0, 100_000.0}
 CHOICE = re.compile(r"(^|\s)[-*]?\s*\(?[a-e]\)\s")  # an answer to choose may be a wrong one
 OPENING = re.compile(r"run: about ")  # the opening's times are written and tested elsewhere
 
@@ -27,7 +30,7 @@ OPENING = re.compile(r"run: about ")  # the opening's times are written and test
 def prose(markdown: str) -> str:
     """The words of a cell: no code, no formulas, no addresses."""
     for pattern, left in (
-        (r"```.*?```", ""),
+        (r"```.*?```\s*", "= "),  # and what follows code, with the code
         (r"\$\$.*?\$\$", "="),  # what stands beside a formula can be followed there
         (r"\$[^$]*\$", "x"),
         (r"`[^`]*`", ""),
@@ -46,6 +49,9 @@ def is_one_of(number: str, known: set[float]) -> bool:
     digits = re.match(r"[\d,]+(?:\.(\d+))?", number)
     value, places = float(digits[0].replace(",", "")), len(digits[1] or "")
     scale = next((s for word, s in SCALE.items() if word in number), 1.0)
+    zeros = 0 if "." in number else len(digits[0]) - len(digits[0].rstrip("0"))
+    if zeros and RESULT.search(digits[0]):  # 196,600 is rounded to hundreds, 0.20 and 100 are not
+        places = -zeros
     half = 0.500001 * 10**-places
     near = (lambda x: abs(x / scale - value) <= half) if scale > 1 else None
     near = near or (lambda x: abs(x - value) <= half or abs(100 * x - value) <= half)
@@ -73,7 +79,7 @@ def recorded() -> frozenset[float]:
 
 
 def unproven(cells) -> list[str]:
-    """The numbers of a chapter's text that are in no output and no code, and have no source.
+    """The results in a chapter's text that are in no output and no code, and have no source.
 
     Where the text says "recorded", the records below `results/` count too.
     """
@@ -95,9 +101,9 @@ def unproven(cells) -> list[str]:
                 continue
             told = recorded() if "recorded" in cell.source else frozenset()
             for match in NUMBER.finditer(paragraph):
-                if not re.search(r"[.%]", match[0]):
+                if not RESULT.search(match[0]):
                     continue
-                if not is_one_of(match[0], known | told):
+                if not is_one_of(match[0], known | told | CONSTANTS):
                     missing.append(f"{match[0]!r} in {' '.join(paragraph.split())[:120]!r}")
     return missing
 
@@ -112,6 +118,11 @@ def test_every_result_in_the_text_is_in_an_output(path):
     [
         ("NF4 loses 12.34 % here.", True),
         ("NF4 loses 12.3 % here.", False),
+        ("It has 1,234,567 parameters.", False),
+        ("It has 1,234,600 parameters.", False),
+        ("It has 1,234,500 parameters.", True),
+        ("It has 1,234,568 parameters.", True),
+        ("bfloat16 has 65,536 patterns.", False),
         ("It has 1.2 million parameters.", False),
         ("It has 1.3 million parameters.", True),
         ("It is 0.05 % more.", True),
