@@ -1,6 +1,7 @@
 """What every figure of the course has to be, whatever it shows."""
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -18,6 +19,26 @@ def assert_readable(figure: Figure) -> None:
     assert 40 < len(figure.alt) < 800 and figure.alt.endswith(".") and "\n" not in figure.alt
 
 
+def assert_labelled(figure: Figure) -> None:
+    """Every axis says what it shows; of panels side by side the left one says it for all."""
+    for ax in figure.axes:
+        assert ax.get_xlabel()
+        panels = ax.get_shared_y_axes().get_siblings(ax)
+        assert any(p.get_ylabel() or len(p.get_yticklabels()) for p in panels)
+
+
 def assert_same_bytes_every_time(draw: Callable[[], Figure]) -> None:
-    """Two drawings are one file: no date, no random id."""
-    assert plots.png(draw()) == plots.png(draw())
+    """Two drawings are one small file: no date, no random id, no other metadata."""
+    first = plots.png(draw())
+    assert first == plots.png(draw())
+    assert set(png_chunks(first)) == {b"IHDR", b"pHYs", b"IDAT", b"IEND"}  # no text, no time
+    assert len(first) < 250_000
+
+
+def png_chunks(data: bytes) -> Iterator[bytes]:
+    """Kinds of the chunks of a PNG file."""
+    at = 8
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        yield data[at + 4 : at + 8]
+        at += 12 + length

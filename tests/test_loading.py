@@ -98,7 +98,7 @@ def test_options_of_four_bits_reach_the_layers(folder):
 
 def test_no_other_module_loads_four_bits():
     package = Path(qlora_lab.__file__).parent
-    found = {p.name for p in package.glob("*.py") if "load_in_4bit=True" in p.read_text("utf-8")}
+    found = {p.name for p in package.rglob("*.py") if "load_in_4bit=True" in p.read_text("utf-8")}
     assert found == {"loading.py"}
 
 

@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from qlora_lab import plots
 from qlora_lab.codebooks import int_codebook, nf4, paper_eq4
 from qlora_lab.errors import InputError
+from qlora_lab.plots import weights
 
 BLOCK = [-1.0, -0.2, 0.0, 0.1, 0.3, 0.9]
 QUARTERS = [-float("inf"), *(NormalDist().inv_cdf(i / 4) for i in (1, 2, 3)), float("inf")]
@@ -48,7 +49,7 @@ def test_same_bytes_every_time(name):
 
 def test_marks_say_whom_they_serve():
     # -1 | -0.2, 0, 0.1, 0.3 | 0.9: nearest to -1, 0 and 1
-    assert plots._shares(BLOCK, (-1, 0, 1)) == [1 / 6, 4 / 6, 1 / 6]
+    assert weights._shares(BLOCK, (-1, 0, 1)) == [1 / 6, 4 / 6, 1 / 6]
     figure = plots.weights_and_marks(BLOCK, {"ternary": (-1, 0, 1)})
     assert [t for t in texts(figure) if t in ("17", "67")] == ["17", "67", "17"]
 

@@ -21,8 +21,16 @@ from tools.notebooks import chapters, read
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "matplotlib", "numpy"]
 MODULES = sorted(
-    path.stem for path in (ROOT / "qlora_lab").glob("*.py") if not path.stem.startswith("_")
+    path.stem
+    for path in (ROOT / "qlora_lab").iterdir()
+    if not path.stem.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").is_file())
 )
+
+
+def sources(module: str) -> list[Path]:
+    """The file of a module; all files of one that is a folder."""
+    path = ROOT / "qlora_lab" / module
+    return sorted(path.glob("*.py")) or [path.with_suffix(".py")]
 
 
 def tracked_files() -> list[Path]:
@@ -79,6 +87,15 @@ def test_the_lazy_list_names_every_module():
     assert sorted(qlora_lab._MODULES) == MODULES
 
 
+def test_every_folder_of_modules_is_packaged():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    there = [
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "qlora_lab").rglob("__init__.py")
+    ]
+    assert sorted(listed["setuptools"]["packages"]) == sorted(there)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nf5'"):
         _ = qlora_lab.nf5
@@ -127,8 +144,12 @@ def public_definitions(path: Path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_thing_has_a_docstring(module):
-    path = ROOT / "qlora_lab" / f"{module}.py"
-    lacking = [name for name, node in public_definitions(path) if not ast.get_docstring(node)]
+    lacking = [
+        name
+        for path in sources(module)
+        for name, node in public_definitions(path)
+        if not ast.get_docstring(node)
+    ]
     # forward, backward and the like are documented by what they override
     overrides = ("forward", "backward", "extra_repr", "setup_context")
     assert [name for name in lacking if not name.endswith(overrides)] == []

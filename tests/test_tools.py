@@ -236,8 +236,11 @@ def test_what_the_package_imports_is_mocked(extension, tmp_path):
         "import os, torch.nn\nfrom peft import x\nfrom . import b\nimport IPython\n"
         "def f():\n    import datasets\n    from pkg.b import c\n"
     )
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "__init__.py").write_text("import matplotlib as mpl\n")
     folder = tmp_path.rename(tmp_path.parent / "pkg")
-    assert extension.third_party_imports(folder) == ["datasets", "peft", "torch"]
+    found = extension.third_party_imports(folder)
+    assert found == ["datasets", "matplotlib", "peft", "torch"]
 
 
 def test_a_launch_button_needs_an_address(extension):

@@ -47,7 +47,7 @@ def third_party_imports(folder: Path) -> list[str]:
         Sorted names, without the standard library's and the package's own.
     """
     names = set()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
             if isinstance(node, ast.Import):
                 names.update(alias.name.partition(".")[0] for alias in node.names)
@@ -149,6 +149,8 @@ class ModuleTable(SphinxDirective):
         for page in expected_pages():
             folder, _, name = page.rpartition("/")
             source = PACKAGE / f"{name}.py"
+            if not source.is_file():  # a module that is a folder
+                source = PACKAGE / name / "__init__.py"
             if folder == "book/api" and source.is_file():
                 self.env.note_dependency(str(source))
                 lines += [f"* - [`{name}`]({name}.md)", f"  - {first_paragraph(source)}"]
