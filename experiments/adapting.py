@@ -43,7 +43,8 @@ TASKS = {
     "orders": {"steps": 200, "batch_size": 4, "lr": 1e-3},
     "short orders": {"steps": 40, "batch_size": 4, "lr": 1e-3},
     "64 codes": {"steps": 80, "batch_size": 16, "lr": 1e-3},  # 20 passes over the codes
-    "256 codes": {"steps": 320, "batch_size": 16, "lr": 1e-3},  # and here, too
+    "128 codes": {"steps": 160, "batch_size": 16, "lr": 1e-3},  # and here, too
+    "256 codes": {"steps": 320, "batch_size": 16, "lr": 1e-3},
 }
 # What people hold fixed while they turn the rank.
 RULES = {
@@ -77,7 +78,7 @@ class Bench:
         train = [row for row in orders["train"] if one_item(row)]
         test = orders["pairs"].select(range(TEST_ROWS)).to_list()
         self.rows = {task: (train, test) for task in ("orders", "short orders")}
-        for count in (64, 256):
+        for count in (64, 128, 256):
             self.rows[f"{count} codes"] = (memory_rows(count),) * 2
 
     def run(self, task: str, adapter: dict | None, seed: int, **changes) -> tuple[dict, list]:
@@ -152,8 +153,9 @@ def ranks(first: dict) -> Iterator[tuple[str, dict]]:
     # Does rank 1 lack room, or time? Four times as many passes tell.
     long = {"task": "64 codes", "adapter": {"r": 1, "alpha": ALPHA}, "steps": 320}
     yield "64 codes, r=1, four times as long", long
-    for r in (1, 4, 16):
-        yield f"256 codes, r={r}", {"task": "256 codes", "adapter": {"r": r, "alpha": ALPHA}}
+    for task in ("128 codes", "256 codes"):
+        for r in (1, 4, 16):
+            yield f"{task}, r={r}", {"task": task, "adapter": {"r": r, "alpha": ALPHA}}
     for rule, alpha in RULES.items():
         for r in (1, 16, 64):
             adapter = {"r": r, "alpha": alpha(r)}
