@@ -90,7 +90,7 @@ def test_prompts_were_all_completed_and_judged(measured):
 
 
 # strict: the day the bar is met these fail, and the marks have to go.
-NOT_MET = "the bar of 15 is not met yet: 8 million tokens are too few for greedy decoding"
+NOT_MET = "the bar of 15 is not met yet: greedy, this base repeats itself, as its card says"
 
 
 @pytest.mark.xfail(strict=True, reason=NOT_MET)
