@@ -33,10 +33,11 @@ def test_the_summary_of_what_people_ask_next_is_that_of_the_runs():
     assert next_.summarise(CPU / "next") == stored("next/summary.json")["runs"]
 
 
-def test_every_job_is_a_module_that_says_what_it_does(capsys):
+def test_every_job_is_a_module_that_says_what_it_does():
     for job in (*every.JOBS, (every.ALONE,)):
         module = importlib.import_module(f"experiments.{job[0]}")
         assert f"python -m experiments.{job[0]}" in module.__doc__
+        assert set(job[1:2]) - {"--seeds"} <= set(getattr(module, "SWEEPS", ()))
     # what collects is run again after all seeds, so it must be among the jobs
     assert set(every.SUMMARIES) <= {job[0] for job in every.JOBS}
 

@@ -258,7 +258,7 @@ def test_the_guard_asks_each_layer_for_its_own_block_size():
 
 @pytest.mark.skipif(
     not has_avx512bf16(),
-    reason="bitsandbytes' CPU kernel indexes scales by row only where the CPU has AVX512",
+    reason="this CPU has no AVX512-BF16; the kernel that indexes scales by row was met there only",
 )
 def test_fault_1_without_the_guard_such_a_layer_reads_wrong_scales():
     layer = layer_with_blocks_of(128, 704)
