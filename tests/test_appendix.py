@@ -90,7 +90,7 @@ def test_what_the_page_reads_from_the_table_holds_in_every_seed():
 
     assert max(map(abs, above("dora") + above("8bit"))) < 0.01
     assert min(above("loftq")) > 0.05
-    assert [round(x, 2) for x in sorted(above("qlora-50rows"))] == [0.01, 0.04, 0.07]
+    assert [round(x, 2) for x in sorted(above("qlora-50rows"))] == [0.03, 0.03, 0.04]
     assert max(above("qlora-400rows")) < 0
 
 
