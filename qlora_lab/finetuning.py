@@ -149,7 +149,7 @@ def recipe(name: str | Path | None, method: str, r: int) -> tuple[float, float]:
         r: Rank of the adapters.
 
     Returns:
-        The learning rate and alpha: tuned ones for the embedded model, those of the paper for
+        The learning rate and alpha: found by a few trials for the embedded model, the paper's for
         any other.
 
     Raises:
