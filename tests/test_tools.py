@@ -565,6 +565,16 @@ def test_steps_can_be_chosen_and_a_misspelt_one_is_refused(capsys):
     assert "no step is called 'units'" in capsys.readouterr().err
 
 
+def test_the_chapters_are_run_slowest_first(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{name}.ipynb" for name in ("new", "short", "long")]
+    (tmp_path / "results").mkdir()
+    times = '{"short": {"seconds": 2}, "long": {"seconds": 30}}'
+    (tmp_path / "results/notebooks.json").write_text(times)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "chapters", lambda: paths)
+    assert [path.stem for path in check.slowest_first()] == ["long", "short", "new"]
+
+
 def test_the_closing_table_shows_minutes_and_seconds():
     shown = check.table([("lint", True, 3.2), ("unit", False, 200.0)])
     assert "lint       passed    0:03" in shown

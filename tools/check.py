@@ -18,6 +18,7 @@ code is 0 only when every step passed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,12 @@ def unit() -> bool:
     )
 
 
+def slowest_first() -> list[Path]:
+    """Return the chapters, those that took longest last time first: two processes end together."""
+    times = json.loads((ROOT / "results" / "notebooks.json").read_text(encoding="utf-8"))
+    return sorted(chapters(), key=lambda path: -times.get(path.stem, {}).get("seconds", 0))
+
+
 def notebooks(extra: dict[str, str] | None = None) -> bool:
     """Run every cell of every chapter and compare with what is stored.
 
@@ -74,7 +81,7 @@ def notebooks(extra: dict[str, str] | None = None) -> bool:
             *("--nbval-cell-timeout", "900", "--durations", "5"),
             # loadscope: the cells of one chapter stay together and in order.
             *("-n", str(WORKERS), "--dist", "loadscope"),
-            *(str(path.relative_to(ROOT)) for path in chapters()),
+            *(str(path.relative_to(ROOT)) for path in slowest_first()),
             env=env,
         )
 
