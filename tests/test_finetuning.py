@@ -1,6 +1,5 @@
 """Whole runs: same losses whatever came before, runs that resume, folders nobody overwrites."""
 
-import gc
 import json
 import os
 import shutil
@@ -26,19 +25,11 @@ from qlora_lab.loading import EMBEDDED, load_model
 from qlora_lab.orders import make_rows
 from qlora_lab.training import ALPHA_OVER_R, attach_adapter, last_complete_checkpoint, make_portable
 
+pytestmark = pytest.mark.usefixtures("short_collections")
 ROWS = make_rows("train", 60)
 TESTS = {"seen": make_rows("seen", 3), "pairs": make_rows("pairs", 2)}
 SMALL = {"rows": ROWS, "tests": {}, "steps": 4, "batch_size": 4, "progress": False}
 SMALL |= {"r": 4, "alpha": 32, "lr": 1e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_collections():
-    """The Trainer collects garbage after each run: let it not search the imported libraries."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

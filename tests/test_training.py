@@ -1,6 +1,5 @@
 """The harness: adapters where they belong, rows in a drawn order, checkpoints that are whole."""
 
-import gc
 import json
 import logging
 import shutil
@@ -19,16 +18,8 @@ from qlora_lab.loading import Loaded, load_model
 from qlora_lab.orders import make_rows
 from qlora_lab.training import attach_adapter, last_complete_checkpoint, order_of_rows, train
 
+pytestmark = pytest.mark.usefixtures("short_collections")
 ROWS = make_rows("train", 60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_collections():
-    """The Trainer collects garbage after each run: let it not search the imported libraries."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
