@@ -60,7 +60,9 @@ def _nearest(scaled: Tensor, borders: tuple[float, ...]) -> Tensor:
     return code
 
 
-def dequantize_blocks(packed: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_blocks(
+    packed: Tensor, scales: Tensor, out: Tensor, levels: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Unpack and restore full blocks.
 
     Both weights of a byte are written as one number of twice their size: two writes, each with a
@@ -69,20 +71,22 @@ def dequantize_blocks(packed: Tensor, scales: Tensor, levels: Tensor, dtype: tor
     Args:
         packed: uint8, shape (blocks, blocksize / 2).
         scales: float32, shape (blocks,).
+        out: Where to write, int64 (float32) or int32 (16 bits), shape (blocks, blocksize / 2): to
+            be viewed as `dtype`.
         levels: float32, shape (16,): the value of each code.
         dtype: Of the weights; the product is rounded to it once.
 
     Returns:
-        int64 (float32) or int32 (16 bits), shape (blocks, blocksize / 2): to be viewed as `dtype`.
+        `out`.
     """
     bytes_ = packed.int()
     first = (levels[bytes_ >> 4] * scales[:, None]).to(dtype)
     second = (levels[bytes_ & 15] * scales[:, None]).to(dtype)
     if dtype == torch.float32:  # of a little-endian number the low half comes first in memory
         low, high = first.view(torch.int32).long(), second.view(torch.int32).long()
-        return (high << 32) | (low & 0xFFFFFFFF)
+        return out.copy_((high << 32) | (low & 0xFFFFFFFF))
     low, high = first.view(torch.int16).int(), second.view(torch.int16).int()
-    return (high << 16) | (low & 0xFFFF)
+    return out.copy_((high << 16) | (low & 0xFFFF))
 
 
 def quantize(
@@ -105,7 +109,7 @@ def quantize(
 
 
 def dequantize(
-    packed: Tensor, scales: Tensor, blocksize: int, levels: Tensor, dtype: torch.dtype
+    packed: Tensor, scales: Tensor, blocksize: int, levels: Tensor, out: Tensor
 ) -> Tensor | None:
     """Run `dequantize_blocks` compiled, if this machine can.
 
@@ -114,16 +118,18 @@ def dequantize(
         scales: float32, shape (blocks,).
         blocksize: Weights per scale, even.
         levels: float32, shape (16,).
-        dtype: Of the result.
+        out: Where to write the weights, float32 or 16 bits, shape (weights,).
 
     Returns:
-        The weights, shape (weights,), or None as in `quantize`.
+        `out`, or None as in `quantize`.
     """
     if sys.byteorder != "little":
         return None
     blocks = packed.view(-1, blocksize // 2)
-    result = _run(dequantize_blocks, (blocksize, dtype), [blocks, scales.view(-1)], levels, dtype)
-    return None if result is None else result.view(dtype).view(-1)
+    twos = out.view(torch.int64 if out.dtype == torch.float32 else torch.int32).view_as(blocks)
+    by_block = [blocks, scales.view(-1), twos]
+    result = _run(dequantize_blocks, (blocksize, out.dtype), by_block, levels, out.dtype)
+    return None if result is None else out
 
 
 def _run(function: Callable, variant: tuple, by_block: list[Tensor], *rest):

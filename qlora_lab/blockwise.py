@@ -34,6 +34,7 @@ from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -428,14 +429,13 @@ def _dequantize_flat(
     them as a single 8-byte number: half the look-ups, and no unpacking.
     """
     full = weights // blocksize * blocksize
+    out = _room(weights, dtype, packed.device)
     wanted = weights >= COMPILE_FROM if compiled is None else compiled
     if wanted and full == weights and packed.device.type == "cpu":
         levels = _tensor((*values, *[0.0] * (16 - len(values))), packed.device)
-        whole = _kernels.dequantize(packed, absmax, blocksize, levels, dtype)
-        if whole is not None:
-            return whole
+        if _kernels.dequantize(packed, absmax, blocksize, levels, out) is not None:
+            return out
     table = _pairs(values, packed.device)
-    out = torch.empty(weights, dtype=dtype, device=packed.device)
     step = min(_chunk(packed), full)
     room = None if dtype == torch.float32 else torch.empty(step, device=packed.device)
     for start in range(0, full, step or 1):
@@ -450,6 +450,17 @@ def _dequantize_flat(
         pairs = table.index_select(0, packed[full // 2 :].int()).view(torch.float32)
         torch.mul(pairs[: weights - full], absmax[-1], out=out[full:])
     return out
+
+
+def _room(weights: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor, a large one on a CPU in memory that NumPy asked for.
+
+    NumPy asks Linux for pages of 2 MiB where PyTorch takes pages of 4 KiB. Each page is fetched
+    and cleared when it is first written to, and for 64 MiB that took longer than the arithmetic.
+    """
+    if device.type != "cpu" or weights < COMPILE_FROM:
+        return torch.empty(weights, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(weights * dtype.itemsize, dtype=np.uint8)).view(dtype)
 
 
 def _chunk(tensor: Tensor) -> int:

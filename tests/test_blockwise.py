@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -343,6 +344,23 @@ def skip_without_compiler():
         found = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)]
         assert not found, f"{found[0]} is here, and yet nothing was compiled"
         pytest.skip("no C++ compiler here: only eager mode can be tested")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_tensor_is_restored_as_its_parts_are(dtype):
+    """From `COMPILE_FROM` weights on the memory comes from elsewhere (`_room`)."""
+    half = quantize_4bit(normal(blockwise.COMPILE_FROM // 2))
+    twice = replace(
+        half,
+        packed=half.packed.repeat(2),
+        absmax=half.absmax.repeat(2),
+        shape=torch.Size([blockwise.COMPILE_FROM]),
+    )
+    whole = dequantize_4bit(twice, dtype, compiled=False)
+    assert whole.dtype == dtype and whole.shape == (blockwise.COMPILE_FROM,)
+    expected = dequantize_4bit(half, dtype, compiled=False)
+    assert torch.equal(whole.view(2, -1), torch.stack([expected, expected]))
+    assert torch.equal(whole.clone().add_(1), whole + 1)  # memory of its own, and writable
 
 
 def test_compiled_way_back():
