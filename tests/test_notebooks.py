@@ -24,6 +24,7 @@ CHAPTERS = chapters()
 TAGS = {
     "remove-cell",
     "hide-input",
+    "hide-output",
     "nbval-ignore-output",
     "nbval-skip",
     "raises-exception",
@@ -228,6 +229,18 @@ def is_not_built_like_a_chapter(notebook):
     return problems
 
 
+def spoils_a_prediction(notebook):
+    """Between a prediction and its folded answer no output may stand open on the web page."""
+    problems, asked = [], False
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            for found in re.finditer(r"\*\*Predict|<details>|^#{2,3} ", cell.source, re.MULTILINE):
+                asked = found[0] == "**Predict"
+        elif asked and cell.outputs and "hide-output" not in cell.metadata.get("tags", []):
+            problems.append(f"cell {index}: answers a prediction, and is not tagged hide-output")
+    return problems
+
+
 def is_not_clean(notebook):
     return [] if clean(copy.deepcopy(notebook)) == notebook else ["not as tools.notebooks.write"]
 
@@ -248,6 +261,7 @@ RULES = [
     needs_more_than_colab,
     states_no_run_time,
     is_not_built_like_a_chapter,
+    spoils_a_prediction,
     is_not_clean,
 ]
 
@@ -393,6 +407,10 @@ FAULTS = {
     "one prediction": (
         is_not_built_like_a_chapter,
         lambda n: n.cells[3].update(source="## 1 A\n\n" + ANSWER),
+    ),
+    "open output below a prediction": (
+        spoils_a_prediction,
+        lambda n: n.cells[4].update(source="**Predict.** What?"),
     ),
     "machine metadata": (is_not_clean, lambda n: n.metadata.language_info.update(version="3.11.7")),
 }

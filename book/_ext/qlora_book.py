@@ -250,6 +250,7 @@ def setup(app: Sphinx) -> dict:
     app.add_directive("module-table", ModuleTable)
     app.add_directive("pretest", Pretest)
     app.add_js_file("claims.js", loading_method="defer")
+    app.add_js_file("predictions.js", loading_method="defer")
     app.connect("config-inited", configure, priority=100)
     app.connect("autodoc-process-docstring", rewrite_docstring, priority=100)
     app.connect("autodoc-process-docstring", restore_prose, priority=900)
