@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.bench_step import ALPHA, RANK
-from benchmarks.common import ROUNDS, Row, Timing
+from benchmarks.common import ROUNDS, Row, Timing, stepper
 from qlora_lab.blockwise import quantize_4bit
 from qlora_lab.loading import choose_dtype, load_model
 from qlora_lab.lora import add_adapters
@@ -27,24 +27,6 @@ from qlora_lab.qlora import QuantizedLinear, quantize_model
 
 BATCHES, LENGTH = (1, 8, 32), 64
 WIDTH, TOKENS = 4096, (16, 128, 1024)
-
-
-def stepper(model: nn.Module, batch: int, length: int = LENGTH) -> Callable[[], float]:
-    """Return a function that trains the adapters for one step and returns the loss."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=generator)
-    ids = ids.to(model.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    model.train()
-
-    def step() -> float:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
 
 
 def passer(layer: nn.Module, tokens: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
@@ -79,7 +61,7 @@ def _rows(device: str, rounds: int, clock: Callable[[], float] | None) -> list[R
         put_on(model, r=RANK, alpha=ALPHA)
         bases[method] = model.to(device)
     steps = {
-        f"step of {method}, {batch * LENGTH} tokens": stepper(model, batch)
+        f"step of {method}, {batch * LENGTH} tokens": stepper(model, batch, LENGTH)
         for batch in BATCHES
         for method, model in bases.items()
     }

@@ -6,12 +6,10 @@ layers. A step is forward, backward and AdamW on a batch of 16 x 64 tokens, all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from benchmarks.common import ROUNDS, Row, Timing
+from benchmarks.common import ROUNDS, Row, Timing, stepper
 from qlora_lab.loading import load_model
 from qlora_lab.lora import lora_layers
 from qlora_lab.qlora import quantize_model
@@ -46,30 +44,12 @@ def copy_adapters(reference_model: nn.Module, model: nn.Module) -> None:
         layer.lora_B["default"].data.copy_(modules[path].lora_B["default"].weight)
 
 
-def stepper(model: nn.Module) -> Callable[[], float]:
-    """Return a function that trains for one step and returns the loss."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (BATCH, LENGTH), generator=generator)
-    ids = ids.to(model.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    model.train()
-
-    def step() -> float:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
 def rows(device: str = "cpu", rounds: int = ROUNDS) -> list[Row]:
     """Time the two in turns, after making sure that they are the same model."""
     ours, theirs = "training step, QLoRALinear", "training step, PEFT + bitsandbytes"
     reference_model, model = reference(device), from_scratch(device)
     copy_adapters(reference_model, model)
-    steps = {ours: stepper(model), theirs: stepper(reference_model)}
+    steps = {ours: stepper(model, BATCH, LENGTH), theirs: stepper(reference_model, BATCH, LENGTH)}
     first = {name: step() for name, step in steps.items()}
     if abs(first[ours] - first[theirs]) > 1e-3 * first[theirs]:
         raise AssertionError(f"different losses, so the times mean nothing: {first}")

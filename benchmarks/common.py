@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora_lab.provenance import provenance
 
@@ -130,3 +131,21 @@ def save(name: str, rows: list[Row], device: str, load: float | None) -> Path:
 def load_average() -> float | None:
     """Return how many processes wanted a core over the last minute; None where unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def stepper(model: nn.Module, batch: int, length: int) -> Callable[[], float]:
+    """Return a function that trains the adapters for one step and returns the loss."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=generator)
+    ids = ids.to(model.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step

@@ -6,7 +6,6 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from figures import assert_labelled, assert_readable, assert_same_bytes_every_time
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,19 +27,6 @@ FIGURES = {
     ),
     "qq": lambda: plots.qq_plot({"bell": bell(), "flat": range(100)}),
 }
-every_figure = pytest.mark.parametrize("name", FIGURES)
-
-
-@every_figure
-def test_can_be_read(name):
-    figure = FIGURES[name]()
-    assert_labelled(figure)
-    assert_readable(figure)
-
-
-@every_figure
-def test_same_bytes_every_time(name):
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_ruler_scales_and_counts():

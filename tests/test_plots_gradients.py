@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from figures import assert_readable, assert_same_bytes_every_time
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
@@ -27,17 +26,6 @@ FIGURES = {
         legend="above",
     ),
 }
-every_figure = pytest.mark.parametrize("name", FIGURES)
-
-
-@every_figure
-def test_can_be_read(name):
-    assert_readable(FIGURES[name]())
-
-
-@every_figure
-def test_same_bytes_every_time(name):
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_only_what_is_read_is_filled():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from figures import assert_labelled, assert_readable, assert_same_bytes_every_time
 
 from qlora_lab import plots
 from qlora_lab.errors import InputError
@@ -19,19 +18,6 @@ FIGURES = {
         {GRADES[1]: (70, 88)},
     ),
 }
-every_figure = pytest.mark.parametrize("name", FIGURES)
-
-
-@every_figure
-def test_can_be_read(name):
-    figure = FIGURES[name]()
-    assert_labelled(figure)
-    assert_readable(figure)
-
-
-@every_figure
-def test_same_bytes_every_time(name):
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_loss_curve_smooths_without_lag():

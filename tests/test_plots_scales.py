@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from figures import assert_readable, assert_same_bytes_every_time
 
 from qlora_lab import plots
 from qlora_lab.errors import InputError
@@ -20,19 +19,6 @@ FIGURES = {
         budget=4.2,
     ),
 }
-every_figure = pytest.mark.parametrize("name", FIGURES)
-
-
-@every_figure
-def test_can_be_read(name):
-    figure = FIGURES[name]()
-    assert figure.axes[0].get_xlabel() and figure.axes[0].get_ylabel()
-    assert_readable(figure)
-
-
-@every_figure
-def test_same_bytes_every_time(name):
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_every_number_is_in_the_histogram():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import matplotlib as mpl
 import pytest
-from figures import assert_labelled, assert_readable, assert_same_bytes_every_time
 
 from qlora_lab import plots
 from qlora_lab.errors import InputError
@@ -14,19 +13,6 @@ FIGURES = {
     "spine": lambda: plots.spine(),
     "spine, one lit": lambda: plots.spine("double quantization"),
 }
-every_figure = pytest.mark.parametrize("name", FIGURES)
-
-
-@every_figure
-def test_can_be_read(name):
-    figure = FIGURES[name]()
-    assert_labelled(figure)
-    assert_readable(figure)
-
-
-@every_figure
-def test_same_bytes_every_time(name):
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_spine_is_the_ledgers():

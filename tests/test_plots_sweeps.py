@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from figures import assert_readable, assert_same_bytes_every_time
 from matplotlib.text import Text
 
 from qlora_lab import plots
@@ -16,14 +15,6 @@ FIGURES = {
     ),
     "dots": lambda: plots.seed_dots({"attention": [1, 2, 9], "MLP": [4, 4, 4]}, "recall (%)"),
 }
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_can_be_read(name):
-    figure = FIGURES[name]()
-    assert figure.axes[-1].get_xlabel()
-    assert_readable(figure)
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_the_line_is_the_middle_seed_in_the_order_of_the_settings():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import pytest
-from figures import assert_readable, assert_same_bytes_every_time
 from matplotlib.text import Text
 
 from qlora_lab import plots
@@ -28,23 +27,10 @@ FIGURES = {
         {"NF4": (0.01, -0.01, 0.02), "int4": (0.03, 0.01, 0.05)}, "added bits per byte"
     ),
 }
-every_figure = pytest.mark.parametrize("name", FIGURES)
 
 
 def texts(figure):
     return [t.get_text() for t in figure.findobj(Text) if t.get_text().strip()]
-
-
-@every_figure
-def test_can_be_read(name):
-    figure = FIGURES[name]()
-    assert figure.axes[-1].get_xlabel()
-    assert_readable(figure)
-
-
-@every_figure
-def test_same_bytes_every_time(name):
-    assert_same_bytes_every_time(FIGURES[name])
 
 
 def test_marks_say_whom_they_serve():
