@@ -22,8 +22,8 @@ INSTALL := $(PYTHON) tools/environment.py
 .PHONY: help book test run notebooks experiments lab bench gpu set-url lock env env-book clean distclean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
-	  while IFS="$$(printf '\t')" read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1 /' | \
+	  while read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
 
 book: env-book ## build the web book; on a terminal, serve it (PORT=8000)
 	@$(BOOK_RUN) -m tools.book --port "$(PORT)" $(ARGS)
@@ -50,9 +50,11 @@ bench: env ## measure speed against bitsandbytes and torchao
 	@CUDA_VISIBLE_DEVICES= PYTHONPATH=.bench-site $(RUN) -m benchmarks $(ARGS)
 
 gpu: env ## on an NVIDIA card: repeat the proofs, record times and peak memory
-	@$(RUN) -m pytest -m gpu $(ARGS)
-	@$(RUN) -m tools.record_gpu
-	@$(RUN) -m benchmarks --gpu
+	@bad=0; \
+	  $(RUN) -m pytest tests/gpu -m gpu $(ARGS) || bad=1; \
+	  $(RUN) -m tools.record_gpu || bad=1; \
+	  for each in price step quantize; do $(RUN) -m benchmarks --gpu --only $$each || bad=1; done; \
+	  exit $$bad
 
 set-url: env ## give the course its public address (URL=https://github.com/owner/name)
 	@$(RUN) -m tools.set_url "$(URL)"

@@ -33,10 +33,12 @@ JOBS = (
     ("adapting", "learning_rates"),
     ("adapting", "where"),
     *(("merging", "--seeds", str(seed)) for seed in SEEDS),
+    ("short",),
 )
 SUMMARIES = ("methods", "next")  # once more at the end: they collect over seeds
 ALONE = "one_command"  # its times count, so it runs when all else has ended
-FOLDERS = ("ranks", "where", "learning_rates", "methods", "low_rank", "merging", "next", ALONE)
+FOLDERS = ("ranks", "where", "learning_rates", "methods", "low_rank", "merging", "next", "short")
+FOLDERS += (ALONE,)
 
 
 def run(job: tuple[str, ...]) -> tuple[float, bool]:

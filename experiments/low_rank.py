@@ -40,30 +40,43 @@ CUTS = {
 }
 STORED_SEED, STORED_RANK = 0, 64
 CHARACTERS = 800  # of a held-out file, as in chapter 4
+CACHE = Path("runs/low_rank")
 COMMAND = "python -m experiments.low_rank"
 
 
 def trained_update(seed: int, cache: Path) -> dict:
-    """Fine-tune all weights once; return what was added to each parameter, by its name."""
+    """Fine-tune all weights once; return what was added to each parameter, by its name.
+
+    `experiments.methods` makes the same run and leaves its update here: then nothing is trained.
+    """
     import torch
 
     from qlora_lab.finetuning import finetune
+
+    if not _file(seed, cache).exists():
+        result = finetune(
+            None, "full", seed=seed, device="cpu", before=False, tests={}, progress=False, say=print
+        )
+        keep_update(result.model, seed, cache)
+    return torch.load(_file(seed, cache))
+
+
+def keep_update(model, seed: int, cache: Path) -> None:
+    """Write what full fine-tuning added to each parameter of the base."""
+    import torch
+
     from qlora_lab.loading import load_model
 
-    path = cache / f"update-seed{seed}.pt"
-    if path.exists():
-        return torch.load(path)
-    result = finetune(
-        None, "full", seed=seed, device="cpu", before=False, tests={}, progress=False, say=print
-    )
     base = dict(load_model(None, bits=16, device="cpu").model.named_parameters())
-    update = {
-        name: (after - base[name]).detach() for name, after in result.model.named_parameters()
-    }
+    update = {name: (after - base[name]).detach() for name, after in model.named_parameters()}
     cache.mkdir(parents=True, exist_ok=True)
+    path = _file(seed, cache)
     torch.save(update, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
-    return update
+
+
+def _file(seed: int, cache: Path) -> Path:
+    return cache / f"update-seed{seed}.pt"
 
 
 def base_digest() -> str:
@@ -253,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("results/cpu/low_rank"))
-    parser.add_argument("--cache", type=Path, default=Path("runs/low_rank"))
+    parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
 
     from qlora_lab.loading import load_model

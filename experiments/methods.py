@@ -8,7 +8,8 @@ losses, scores of the six grades, bits per byte on held-out text afterwards, and
 file that exists is not made again; delete it to repeat that run. At the end
 `results/cpu/methods/summary.json` collects the exact match of every run, and `answers.json` what
 the methods wrote on the first ten rows of two grades, at the first seed. Adapters of QLoRA and LoRA
-wait in `runs/methods` for `experiments.merging`.
+wait in `runs/methods` for `experiments.merging`, what full fine-tuning added to the weights in
+`runs/low_rank` for `experiments.low_rank`.
 
 Beside the four methods: LoRA on a *randomly initialised* base, the base model with three solved
 examples in its prompt, and a regular expression. They answer whether pretraining, training and a
@@ -23,6 +24,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from experiments.low_rank import CACHE, keep_update
 from qlora_lab.orders import GRADES
 from qlora_lab.provenance import provenance
 
@@ -43,7 +45,8 @@ def one_run(method: str, seed: int, device: str) -> dict:
 
     texts = list(heldout_texts(FORGETTING_FILES).values())
     with tempfile.TemporaryDirectory() as folder:
-        name = random_base(Path(folder), seed) if method == "lora-random-base" else None
+        fresh = Path(folder) / "random-base"
+        name = random_base(fresh, seed) if method == "lora-random-base" else None
         like = "lora" if name else method
         lr, alpha = recipe(None, like, RANK)  # the random base trains by the same recipe
         output = RUNS / f"{method}-seed{seed}" if method in KEPT and device == "cpu" else None
@@ -61,6 +64,8 @@ def one_run(method: str, seed: int, device: str) -> dict:
             before=False,
             say=lambda line: print(f"  {line}", flush=True),
         )
+        if method == "full" and device == "cpu":
+            keep_update(result.model, seed, CACHE)
         record = result.record()
         record["method"] = method
         record["heldout_files"] = FORGETTING_FILES

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 
+STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types on whose `out_proj` PEFT puts no adapter: their kernel reads the weight itself, past
+the adapter. Source: peft `tuners/tuners_utils.py`, `_check_lora_target_modules_mamba`."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,10 +72,27 @@ class Run:
         quantized = set(quantizable(model)) if self.method == "qlora" else set()
         if self.casts_to_float32:
             _cast_to_float32(model, except_weights_of=quantized)
-        for name, layer in find_targets(model, self.targets).items():
+        targets = find_targets(model, self.targets)
+        self._check_targets(targets)
+        for name, layer in targets.items():
             adapter = Adapter(layer, self, name in quantized)
             model.set_submodule(name, adapter)
         return model
+
+    def _check_targets(self, targets: dict[str, nn.Module]) -> None:
+        """Refuse, in one line, layers and ranks that no run can have."""
+        refused = any(name.endswith(".out_proj") for name in targets)
+        if refused and self.config.model_type in STATE_SPACE:
+            raise InputError(
+                f"PEFT puts no adapter on out_proj in a {type(self.config).__name__} model: "
+                "give targets without it"
+            )
+        # One narrow layer among others, a gate of width 1 say, is no reason: PEFT accepts it too.
+        widest = max(min(each.in_features, each.out_features) for each in targets.values())
+        if self.r > widest:
+            raise InputError(
+                f"rank {self.r} is larger than every layer with an adapter: give 1..{widest}"
+            )
 
 
 class Adapter(nn.Module):
@@ -87,12 +108,6 @@ class Adapter(nn.Module):
 
     def __init__(self, base: nn.Linear, run: Run, quantized: bool):
         super().__init__()
-        narrow = min(base.in_features, base.out_features)
-        if run.r > narrow:
-            raise InputError(
-                f"rank {run.r} is larger than a layer of {base.in_features} -> "
-                f"{base.out_features}: give 1..{narrow}"
-            )
         self.base = base
         self.lora_A = nn.Parameter(torch.empty(run.r, base.in_features, dtype=run.adapter_dtype))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, run.r, dtype=run.adapter_dtype))
@@ -102,6 +117,10 @@ class Adapter(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.base.weight  # some models read a layer's dtype from its weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # and some hand it to a kernel; PEFT's layer has both
 
     def forward(self, x: Tensor) -> Tensor:
         if self.compute_dtype is not None:  # Linear4bit casts its input, and its answer back
@@ -125,8 +144,15 @@ def _instantiate(config: PretrainedConfig, dtype: torch.dtype, attention: str) -
             cls = auto._model_mapping[type(config)]
             cls = cls[0] if isinstance(cls, tuple) else cls
             fused = attention == "sdpa" and cls._supports_sdpa and not config.is_encoder_decoder
-            implementation = _register_causal_attention() if fused else "eager"
-            return auto.from_config(config, dtype=dtype, attn_implementation=implementation)
+            name = _register_causal_attention() if fused else "eager"
+            try:
+                return auto.from_config(config, dtype=dtype, attn_implementation=name)
+            except KeyError as error:
+                if error.args != (name,):
+                    raise
+                # Some look the name up among classes of their own. Plain sdpa is right for them:
+                # of those that read text, Falcon makes its mask in a real run too.
+                return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
     raise InputError(f"no model class is known for {type(config).__name__}: give another config")
 
 
@@ -170,7 +196,7 @@ def quantizable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Adapter))
+        if type(module.base if isinstance(module, Adapter) else module) is nn.Linear
         and not name.endswith(".base")
         and should_convert_module(name, kept)
     ]

@@ -254,6 +254,10 @@ def _memory(arguments: argparse.Namespace) -> None:
             sequence=arguments.sequence,
             checkpointing=arguments.checkpointing,
             double_quant=not arguments.no_double_quant,
+            # as `finetune` does it on a card with bfloat16
+            dtype="float32" if arguments.method == "full" else "bfloat16",
+            kbit_prep=arguments.method == "qlora",
+            autocast=arguments.method != "full",
         )
     )
 

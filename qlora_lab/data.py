@@ -22,7 +22,7 @@ be about sentences that the model only ever has to read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from qlora_lab.orders import GRADES
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 PROMPT = "# {text}\n"
@@ -212,7 +212,9 @@ def encode_rows(
     return Dataset.from_list([row | {"length": len(row["input_ids"])} for row in kept])
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, multiple_of: int = 8) -> DataCollatorForSeq2Seq:
+def collator(
+    tokenizer: PreTrainedTokenizerBase, multiple_of: int = 8
+) -> Callable[[Sequence[Mapping[str, Any]]], BatchEncoding]:
     """Make the function that pads rows to a batch: transformers' own, with the guard.
 
     Args:
@@ -221,7 +223,8 @@ def collator(tokenizer: PreTrainedTokenizerBase, multiple_of: int = 8) -> DataCo
 
     Returns:
         A callable from a list of rows ("input_ids", "attention_mask", "labels") to tensors of
-        shape (batch, length), padded on the right: padding token, attention 0, label -100.
+        shape (batch, length), padded on the right: padding token, attention 0, label -100. It
+        raises InputError for a batch of no rows.
 
     Raises:
         InputError: If there is no padding token, it is the end token, or it stands on the left.
@@ -239,6 +242,13 @@ def collator(tokenizer: PreTrainedTokenizerBase, multiple_of: int = 8) -> DataCo
         )
     if tokenizer.padding_side != "right":
         raise InputError("the tokenizer pads on the left; set padding_side='right' for training")
-    return DataCollatorForSeq2Seq(
+    pad = DataCollatorForSeq2Seq(
         tokenizer, padding=True, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED
     )
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
+        if not rows:
+            raise InputError("a batch of no rows is not possible; give at least one encoded row")
+        return pad(rows)
+
+    return collate

@@ -189,8 +189,9 @@ def ledger(
         The ledger; print it, or read `.rows`, `.total`, `ledger["activations"].bytes`.
 
     Raises:
-        InputError: A value is not allowed, the rank is larger than a layer, or the architecture
-            does not take text and `batch` is not 0.
+        InputError: A value is not allowed, the rank is larger than every layer with an adapter,
+            PEFT puts no adapter on one of the targets, or the architecture does not take text and
+            `batch` is not 0.
 
     Source:
         The module's docstring, row by row.

@@ -24,6 +24,7 @@ price is one more load from disk for each merge.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -225,6 +226,7 @@ def ladder(
     adapted = _adapted(unmerged, adapter)
     scores = {RUNGS[0]: measure(adapted)}
     del unmerged, adapted  # one model in memory at a time
+    gc.collect()  # a 4-bit weight refers to its layer and the layer to it
     merged = merge_into(dequantized_base(name, device), adapter)
     scores[RUNGS[1]] = measure(merged)
     in_place = measure(requantize(merged))

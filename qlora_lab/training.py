@@ -12,6 +12,7 @@ whole run, so that a resumed run sees the rows of an uninterrupted one.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -96,7 +97,7 @@ def attach_adapter(
 
     Raises:
         InputError: If the model carries an adapter already, the rank is not between 1 and the
-            smallest layer dimension, the dropout is no probability, alpha is not above 0, or no
+            width of the widest layer, the dropout is no probability, alpha is not above 0, or no
             layer has one of the names asked for.
 
     Source:
@@ -164,7 +165,8 @@ def check_adapter(model: torch.nn.Module, r: int, alpha: float, dropout: float =
 
     Args:
         model: The base.
-        r: Rank, 1 to the smallest dimension of a linear layer; above it nothing is gained.
+        r: Rank, 1 to the smaller dimension of the widest linear layer; above it nothing is gained.
+            (One narrow layer among others, a gate of width 1 say, is no limit: PEFT accepts it.)
         alpha: Scale, above 0: at 0 the adapter adds nothing and learns nothing.
         dropout: A probability, 0 to less than 1.
 
@@ -179,7 +181,7 @@ def check_adapter(model: torch.nn.Module, r: int, alpha: float, dropout: float =
     ]
     if not widths:
         raise InputError("the model has no linear layer: there is nothing to put an adapter on")
-    whole("rank", r, 1, min(widths))
+    whole("rank", r, 1, max(widths))
     above_zero("alpha", alpha)
     share("dropout", dropout)
 
@@ -305,6 +307,10 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
+    if cuda and distributed.world_size() == 1:
+        # One process uses one card. With a second one visible the Trainer would double the batch
+        # and, since it spreads no quantized model, count each loss twice.
+        arguments._n_gpu = 1
     rows_a_step = batch_size * accumulation * arguments.world_size
     order = order_of_rows(dataset["length"], rows_a_step, steps, seed)
     with quiet():
@@ -317,11 +323,12 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         if cuda:
+            gc.collect()  # a 4-bit weight refers to its layer and the layer to it
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if cuda else None
+    peak = torch.cuda.max_memory_allocated() + _paged_bytes(trainer.optimizer) if cuda else None
     if unsaved:
         unsaved.cleanup()
     # The Trainer's history, since after a resume it also holds the steps before.
@@ -329,6 +336,12 @@ def train(
     if known and keeping:
         recorded.keep(model, known, losses, seconds)
     return Run(losses, seconds, trainable, peak)
+
+
+def _paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state that the driver pages: bitsandbytes takes them past PyTorch's own count."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in states if getattr(value, "is_paged", False))
 
 
 def order_of_rows(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:

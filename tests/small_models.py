@@ -1,4 +1,4 @@
-"""Small models of six architectures that really exist: loaded in 4 bits, adapted by PEFT."""
+"""Small models of seven architectures that really exist: loaded in 4 bits, adapted by PEFT."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     BloomConfig,
+    FalconConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 
 VOCABULARY, BATCH, SEQUENCE = 320, 2, 24
@@ -35,6 +37,19 @@ CONFIGS = {
     "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=None),
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=4, n_head=4),
     "gpt2": GPT2Config(**GPT, n_embd=64, n_positions=64, **NO_DROPOUT),
+    # Classes of attention and of linear layers of its own; the latter are not quantized.
+    "falcon": FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=4, num_attention_heads=4
+    ),
+    # A gate of width 1, narrower than any rank but 1, and experts that are no linear layers.
+    "qwen2-moe": Qwen2MoeConfig(
+        **SHAPE,
+        num_key_value_heads=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=96,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 

@@ -158,3 +158,4 @@ def test_the_card_says_the_measured_numbers(trained, measured):
     assert f"{measured['xz_with_training_text']:.3f}" in card
     assert f"{trained['tokens'] / 1e6:.1f} million tokens" in card
     assert f"{measured['prompts_good']} of 20" in card
+    assert card == measure_base.card(trained, measured)

@@ -71,6 +71,16 @@ def test_bad_arguments(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["quantize", "step"])
+def test_every_bar_was_kept_when_it_was_recorded(name):
+    rows = json.loads((common.RESULTS / "cpu" / f"bench_{name}.json").read_text("utf-8"))["rows"]
+    held = [row for row in rows if "at_most" in row or "at_least" in row]
+    assert held and all(row["met"] for row in held)
+    for row in held:
+        assert row["ratio"] <= row.get("at_most", row["ratio"])
+        assert row["ratio"] >= row.get("at_least", row["ratio"])
+
+
 def test_the_price_is_taken_pairwise(monkeypatch):
     """QLoRA against LoRA at each number of tokens; the same loop for both."""
     monkeypatch.setattr(bench_price, "BATCHES", (1,))

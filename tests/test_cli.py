@@ -314,15 +314,18 @@ def test_memory_prints_the_ledger(capsys):
     from qlora_lab.memory import ledger
 
     assert main(["memory"]) == 0
-    expected = ledger(AutoConfig.from_pretrained(embedded_model()))
+    as_trained = {"kbit_prep": True, "autocast": True}
+    expected = ledger(AutoConfig.from_pretrained(embedded_model()), **as_trained)
     assert capsys.readouterr().out == f"{expected}\n"
     argv = "memory --method full --batch-size 4 --sequence 256 --checkpointing".split()
     assert main(argv) == 0
     config = AutoConfig.from_pretrained(embedded_model())
-    expected = ledger(config, "full", batch=4, sequence=256, checkpointing=True)
+    run = {"batch": 4, "sequence": 256, "checkpointing": True}
+    expected = ledger(config, "full", dtype="float32", **run)
     assert capsys.readouterr().out == f"{expected}\n"
     assert main(["memory", "--no-double-quant", "--r", "8"]) == 0
-    assert capsys.readouterr().out == f"{ledger(config, r=8, double_quant=False)}\n"
+    expected = ledger(config, r=8, double_quant=False, **as_trained)
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 # --- folders ---------------------------------------------------------------------------------

@@ -62,6 +62,18 @@ def test_a_body_is_found_under_another_name_layout_docstring_and_comments(guard)
     assert body_only.overlaps(HARMLESS + "\n" + disguised) == "body"
 
 
+def test_a_planted_file_does_not_get_into_the_corpus(monkeypatch, tmp_path):
+    held = next(iter(corpus.heldout_texts().values()))
+    texts = {"harmless.py": HARMLESS, "copy.py": HARMLESS + "\n" + held, "again.py": HARMLESS}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    files = [(name, tmp_path / name) for name in texts]
+    monkeypatch.setattr(corpus, "candidate_files", lambda: {"packages": files})
+    pools, report = corpus.build(progress=lambda line: None)
+    assert pools == {"packages": [HARMLESS]}  # the same text a second time is left out, too
+    assert [name for name, _ in report["dropped"]] == ["copy.py"]
+
+
 def test_a_changed_body_passes_the_body_rule(guard):
     changed = SECRET.replace("total += stone", "total += 2 * stone")
     assert corpus.function_bodies(changed).isdisjoint(guard.bodies)

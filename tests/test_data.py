@@ -76,6 +76,7 @@ def test_unknown_or_missing_split(tmp_path):
         (lambda t: data.encode_rows(t, [ROW], -1), "max_length -1"),
         (lambda t: data.encode_rows(t, [ROW], too_long=["skip"]), "is unknown; choose from raise"),
         (lambda t: data.collator(t, 0), "multiple_of 0"),
+        (lambda t: data.collator(t)([]), "no rows"),
         (lambda _: data.collator(None), "tokenizer None"),
     ],
 )

@@ -334,7 +334,7 @@ def test_the_config_is_not_changed():
     [
         ({"method": "dora"}, "method 'dora'"),
         ({"r": 0}, "r 0"),
-        ({"r": 65}, "rank 65 is larger than a layer of 64 -> "),
+        ({"r": 65}, "rank 65 is larger than every layer with an adapter: give 1..64"),
         ({"batch": -1}, "batch -1"),
         ({"sequence": 0}, "sequence 0"),
         ({"blocksize": 48}, "blocksize=48: use a power of two from 32 to 4096"),

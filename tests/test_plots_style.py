@@ -77,6 +77,8 @@ def test_contrast_is_wcags():
     assert plots.contrast("#000000", "#ffffff") == pytest.approx(21)
     assert plots.contrast("#ffffff", "#ffffff") == 1
     assert plots.contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)
+    with pytest.raises(InputError, match="'snow white'"):
+        plots.contrast("#ffffff", "snow white")
 
 
 def test_no_colour_is_legible_on_both_pages():

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Build tools of the environment, the course itself, and torchao, which is pinned where it is used.
-LEFT_OUT = {"pip", "setuptools", "wheel", "qlora-lab", "torchao"}
+# The installer, the course itself, and torchao, which is pinned where it is used.
+LEFT_OUT = {"pip", "qlora-lab", "torchao"}
 # Needed on other systems than the one that this file is made on.
 ELSEWHERE = {"appnope": "1.0.0", "colorama": "0.4.6", "pywinpty": "3.1.2"}
 HEAD = """\

@@ -55,6 +55,13 @@ def judge(prompt: str, completion: str) -> dict:
     return {"text": text, "ended": ended, "parses": parses, "statements": count, "good": good}
 
 
+def begun(prompt: str, text: str) -> int:
+    """How many statements of a completed text the completion began: stricter than the bar."""
+    at = (prompt.count("\n") + 1, len(prompt.rpartition("\n")[2]))
+    statements = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.stmt)]
+    return sum((n.lineno, n.col_offset) >= at for n in statements)
+
+
 def complete(model, tokenizer, prompts: list[str]) -> list[dict]:
     """Greedy completions of the prompts, judged.
 
@@ -132,8 +139,9 @@ dropped files and the corpus hash are in `training.json`.
 
 {tokens:.1f} million tokens ({steps} steps of 16 rows of 512), {hours:.1f} hours on {device}, seed
 {seed}, by `tools/pretrain_base.py`; the loss curve, versions and every command are in
-`training.json`. The learning rate and the mix of the pools were changed when the run was resumed:
-the commands say at which steps.{endings}
+`training.json`. The learning rate and the mix of the pools were changed when the run was resumed, and
+the functions and small classes were added: the commands say at which steps, the first two in the
+form that the script took then.{endings}
 
 ## Measured
 
@@ -147,6 +155,10 @@ the commands say at which steps.{endings}
 Made by `tools/measure_base.py`; all completions are in `measured.json`. `xz` gets a dictionary as
 large as the training text, so that it forgets nothing; the model saw {seen:.0%} as many tokens as the
 text has, some of it several times.
+
+Statements are counted in prompt and completion together, without docstrings, and white space at a
+prompt's end is left to the model. Of the {good} completions {strict} also *begin* two statements or more
+of their own; the others finish what the prompt began, or begin one.
 
 ## Limits
 
@@ -175,6 +187,7 @@ functions, the longest good start of what it wrote is ended there, and that is l
 
 def card(trained: dict, measured: dict) -> str:
     """The model card, filled from the two records: no number in it is typed by hand."""
+    prompts = json.loads(PROMPTS.read_text("utf-8"))
     pools = trained["corpus"]["pools"]
     numbers = {}
     for pool, size in pools.items():
@@ -205,6 +218,10 @@ def card(trained: dict, measured: dict) -> str:
         xz_given=measured["xz_with_training_text"],
         xz_alone=measured["xz_alone"],
         good=measured["prompts_good"],
+        strict=sum(
+            judged["good"] and begun(prompt.rstrip(), judged["text"]) >= 2
+            for prompt, judged in zip(prompts, measured["prompts"], strict=True)
+        ),
         **numbers,
     )
 

@@ -202,9 +202,15 @@ def contrast(color: str, other: str) -> float:
     Returns:
         1 (the same) to 21 (black on white); text needs 4.5.
 
+    Raises:
+        InputError: One of them is no colour.
+
     Source:
         WCAG 2.2, definition of contrast ratio.
     """
+    for given in (color, other):
+        if not mpl.colors.is_color_like(given):
+            raise InputError(f"color {shown(given)} is not possible; give '#rrggbb' or a name")
     bright, dark = sorted((_luminance(color), _luminance(other)), reverse=True)
     return (bright + 0.05) / (dark + 0.05)
 
