@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.common import ROUNDS, Row, Timing
 from qlora_lab.blockwise import dequantize_4bit, quantize_4bit
+from qlora_lab.bnb_compat import from_quant_state
 
 SIDE = 4096
 
@@ -68,7 +69,11 @@ def dequantize_rows(weight: torch.Tensor, rounds: int) -> list[Row]:
     plain, twice = quantize_4bit(weight), quantize_4bit(weight, double_quant=True)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
     packed2, state2 = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    if not torch.equal(dequantize_4bit(plain), bnb.dequantize_4bit(packed, state)):
+    # Both from the same bytes, because a CUDA kernel's own differ from ours in near ties, which
+    # tests/gpu looks after; and to one rounding of the dtype.
+    ours_of_theirs = dequantize_4bit(from_quant_state(packed, state))
+    step = torch.finfo(weight.dtype).eps
+    if not torch.allclose(ours_of_theirs, bnb.dequantize_4bit(packed, state), rtol=step, atol=0):
         raise AssertionError("other values than bitsandbytes, so the time means nothing")
     runs = {
         ours: lambda: dequantize_4bit(plain),

@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_lab._meta_model import Run, as_config, as_dtype, check_run
+from qlora_lab._meta_model import Run, as_config, as_dtype, check_run, quantizable
 from qlora_lab.errors import InputError, needs
 
 if TYPE_CHECKING:
@@ -281,8 +281,10 @@ def _trace(model: nn.Module, run: Run, batch: int, sequence: int, autocast: bool
         return hook
 
     blocks = _fold_equal_blocks(model)
-    with FakeTensorMode(), _DropoutAsOnGPU():
+    with FakeTensorMode(), _DropoutAsOnGPU(), _CodesAreNoMatrix() as codes:
         _replace_tensors_by_fakes(model)  # only now: to build 80 blocks of fakes takes seconds
+        if run.method == "qlora":
+            codes.of.update(id(model.get_submodule(name).weight) for name in quantizable(model))
         for name in blocks:
             model.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True)
         ids = torch.zeros(batch, sequence, dtype=torch.long)
@@ -340,6 +342,22 @@ class _DropoutAsOnGPU(torch.overrides.TorchFunctionMode):
             return torch.native_dropout(input, p, True)[0] if training and p else input
 
         return masked(*args, **(kwargs or {}))
+
+
+class _CodesAreNoMatrix(torch.overrides.TorchFunctionMode):
+    """Refuse what a real run cannot do: to multiply by a 4-bit weight outside its own layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.of: set[int] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.matmul, Tensor.matmul) and self.of.intersection(map(id, args)):
+            raise InputError(
+                "this architecture multiplies by the weight of a layer itself, which bitsandbytes "
+                "holds as 4-bit codes: give another method than 'qlora', or batch=0"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 # The same on paper

@@ -10,7 +10,8 @@ row. It works in three steps:
    linear layers but the output head and what is tied to it). GPT-2's `Conv1D` is a linear layer
    with its weight transposed: `transformers` transposes it before bitsandbytes quantizes it, and
    PEFT's "all-linear" includes it, so it is counted as a linear layer. Parameters that are not a
-   linear layer's weight (a mixture's fused experts, for one) stay in 16 bits, here as there.
+   linear layer's weight (a mixture's fused experts, for one) stay in 16 bits, here as there, and
+   so do linear layers of a class of their own (all of Falcon's).
 3. *Run one forward pass on fake tensors and watch what autograd keeps.* That is an idea of its
    own, and the module `activations` holds it.
 

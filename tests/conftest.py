@@ -44,6 +44,12 @@ def _no_network():
     patch.undo()
 
 
+@pytest.fixture
+def device() -> str:
+    """Where the tests compute that tests/gpu repeats; its own conftest.py says "cuda"."""
+    return "cpu"
+
+
 @pytest.fixture(scope="module")
 def short_collections():
     """The Trainer collects garbage after each run: let it not search the imported libraries."""

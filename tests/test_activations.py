@@ -26,7 +26,14 @@ from small_models import (
     save_checkpoints,
     token_ids,
 )
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    T5Config,
+)
 
 from qlora_lab.activations import LiveBytes, llama_block_activations, record_saved
 from qlora_lab.errors import InputError
@@ -57,6 +64,8 @@ def measured(model, **extra):
 )
 def test_trace_equals_a_real_model(checkpoints, name, method, dtype, attention):
     supported = "eager" if name == "bloom" else attention  # Bloom has no sdpa; the ledger knows
+    if name == "qwen2-moe":
+        dtype = torch.bfloat16  # PyTorch's grouped product of experts is traced in no other
     model = build(checkpoints[name], method, dtype, supported)
     book = ledger(
         CONFIGS[name],
@@ -175,6 +184,19 @@ def test_a_mixture_and_an_encoder_decoder_are_traced_too():
     )  # fmt: skip
     for config in (mixture, t5):
         assert ledger(config, "lora", r=4, batch=1, sequence=8)["activations"].bytes > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_architecture_that_reads_the_bias_of_an_adapted_layer(method, tmp_path):
+    """A state-space block hands it to its kernel; without that kernel the layer itself runs."""
+    config = BambaConfig(
+        **{**SHAPE, "num_hidden_layers": 2}, num_key_value_heads=2, attn_layer_indices=[1],
+        mamba_n_heads=4, mamba_d_head=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = build(tmp_path, method, torch.bfloat16, "sdpa")
+    book = ledger(config, method, r=4, batch=BATCH, sequence=SEQUENCE)
+    assert book["activations"].bytes == measured(model)
 
 
 def test_saved_tensors_as_a_table():

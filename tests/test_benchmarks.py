@@ -60,6 +60,22 @@ def test_a_small_run(monkeypatch):
         bench_quantize.dequantize_rows(weight, rounds=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_of_another_kernel_are_restored_and_timed(monkeypatch, dtype):
+    """A CUDA kernel puts a near tie on the other side: that is no fault of the restoring."""
+    quantize = bench_quantize.bnb.quantize_4bit
+
+    def another_kernel(weight, **options):
+        packed, state = quantize(weight, **options)
+        packed[5] ^= 0x10
+        return packed, state
+
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr(bench_quantize.bnb, "quantize_4bit", another_kernel)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert len(bench_quantize.dequantize_rows(weight, rounds=2)) == 4
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [(["--only", "speed"], "no benchmark 'speed'"), (["--rounds", "3"], "needs 5 or more")],

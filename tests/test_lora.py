@@ -53,7 +53,7 @@ def shake(model: nn.Module, seed: int = 7) -> None:
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(next(model.parameters()).device)).logits
 
 
 def pair(bias=True, r=4, alpha=16, dropout=0.0, rslora=False, dtype=torch.float32):
@@ -214,8 +214,8 @@ def test_named_adapters_switch_at_run_time():
     assert torch.equal(logits(model), tickets)
 
 
-def test_merge_and_unmerge_keep_the_answers():
-    model = tiny_llama()
+def test_merge_and_unmerge_keep_the_answers(device):
+    model = tiny_llama().to(device)
     before = {n: p.clone() for n, p in model.named_parameters()}
     add_adapters(model, r=4, alpha=8)
     shake(model)
@@ -233,8 +233,8 @@ def test_merge_and_unmerge_keep_the_answers():
         torch.testing.assert_close(now, weight, atol=1e-6, rtol=0)
 
 
-def test_merge_equals_pefts_merge():
-    theirs, ours = pair()
+def test_merge_equals_pefts_merge(device):
+    theirs, ours = (layer.to(device) for layer in pair())
     theirs.merge(), ours.merge()
     torch.testing.assert_close(ours.base.weight, theirs.base_layer.weight, atol=1e-6, rtol=1e-6)
 
@@ -251,15 +251,15 @@ def test_a_merge_in_bf16_rounds_once():
 
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
-def test_peft_reads_what_we_write(tmp_path, targets, rslora):
-    ours = tiny_llama()
+def test_peft_reads_what_we_write(tmp_path, targets, rslora, device):
+    ours = tiny_llama().to(device)
     add_adapters(ours, targets, r=4, alpha=9, name="orders", dropout=0.1, rslora=rslora)
     shake(ours)
     save_adapter(ours, tmp_path / "a", "orders")
-    theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a")
+    theirs = PeftModel.from_pretrained(tiny_llama().to(device), tmp_path / "a")
     assert type(theirs).__name__ == "PeftModelForCausalLM"
     torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=0)
-    assert not torch.allclose(logits(ours), logits(tiny_llama()), atol=1e-2)
+    assert not torch.allclose(logits(ours), logits(tiny_llama().to(device)), atol=1e-2)
     config = theirs.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 9, 0.1)
     assert sorted(config.target_modules)[0] == "down_proj"
@@ -267,15 +267,15 @@ def test_peft_reads_what_we_write(tmp_path, targets, rslora):
 
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*mlp\.up_proj"])
-def test_we_read_what_peft_writes(tmp_path, targets, rslora):
+def test_we_read_what_peft_writes(tmp_path, targets, rslora, device):
     config = LoraConfig(r=3, lora_alpha=5, use_rslora=rslora, target_modules=targets)
-    theirs = get_peft_model(tiny_llama(), config)
+    theirs = get_peft_model(tiny_llama().to(device), config)
     shake(theirs)
     theirs.save_pretrained(tmp_path)
-    ours = tiny_llama()
+    ours = tiny_llama().to(device)
     load_adapter(ours, tmp_path, "theirs")
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=0)
-    assert not torch.allclose(logits(ours), logits(tiny_llama()), atol=1e-2)
+    assert not torch.allclose(logits(ours), logits(tiny_llama().to(device)), atol=1e-2)
 
 
 def test_ranks_that_differ_by_layer_survive_both_ways(tmp_path):

@@ -30,14 +30,18 @@ PRINTED = re.compile(
     rf"(?:\s?(?P<unit>%|(?:{UNIT})\b))?"
 )
 HEADING = re.compile(r"^## (.*)$", re.MULTILINE)
-# These repeat what stands anywhere in the chapter.
-WHOLE_CHAPTER = re.compile(r"Summary|Your turn|What to do next|Further reading")
+# The opening and these announce or repeat what stands anywhere in the chapter.
+WHOLE_CHAPTER = re.compile(r"^$|Summary|Your turn|What to do next|Further reading")
 CITED = re.compile(r"\]\(http|\]\(\.\./book/references")
+QUOTE = re.compile(r"^> ?", re.MULTILINE)
+PARAGRAPH = re.compile(r"\n\s*\n|\n(?=[-|])")
+PAPER = re.compile(r"\b([Pp]aper|[Tt]able|[Aa]ppendix)\b")  # goes on about what is cited beside it
+SECTION = re.compile(r"\b[Ss]ection (\d+)\b|\bfirst picture\b")  # the picture of the opening
 SENTENCE = re.compile(r"(?<=[.!?:;])\s+(?=[A-Z*])")
 CHAPTER = re.compile(r"\((?:\.\./notebooks/)?(\d\d_\w+\.ipynb)#([^)]+)\)")
 # What everybody can look up: 16-bit patterns, float16's largest number, bitsandbytes' bound, the
 # sizes of graphics cards and of the models with such names, and the usual level of an interval.
-CONSTANTS = "65,536 65,504 100,000 24 GB 40 GB 48 GB 80 GB 7 billion 65 billion 95 %"
+CONSTANTS = "1 kB 1 MB 1 GB 1 GiB 65,536 65,504 100,000 8 GB 24 GB 40 GB 48 GB 80 GB 7 billion 65 billion 95 %"
 QUOTED = re.compile(r'"[^"]{,200}"')  # somebody else's words
 CHOICE = re.compile(r"(^|\s)[-*]?\s*\(?[a-e]\)\s.*", re.DOTALL)  # an answer to choose may be a wrong one
 OPENING = re.compile(r"run: about ")  # the opening's times are written and tested elsewhere
@@ -62,16 +66,18 @@ class Shown(NamedTuple):
     step: float
     unit: str
     heading: str  # the units that the output names elsewhere, as in the head of a column
+    line: str
 
 
 def shown(text: str) -> set[Shown]:
     """Every number in an output."""
     heading = " ".join(sorted(set(re.findall(rf"%|\b(?:{UNIT})\b", text))))
     found = set()
-    for match in PRINTED.finditer(text):
-        value, step = float(match["digits"].replace(",", "")), 10.0 ** -len(match["places"] or "")
-        power = 10.0 ** int(match["power"] or 0)
-        found.add(Shown(value * power, step * power, match["unit"] or "", heading))
+    for line in text.splitlines():
+        for match in PRINTED.finditer(line):
+            power = 10.0 ** int(match["power"] or 0)
+            value, step = float(match["digits"].replace(",", "")), 10.0 ** -len(match["places"] or "")
+            found.add(Shown(value * power, step * power, match["unit"] or "", heading, line))
     return found
 
 
@@ -93,9 +99,9 @@ def same(match: re.Match, known: Shown) -> bool:
         scale = 0.01
     else:
         scale = UNITS.get(unit, 1.0)
-    return (
-        abs(known.value / scale - value) <= 0.500001 * step and known.step / scale <= 1.000001 * step
-    )
+    finer = known.step / scale / step  # the text may round one digit away, and more only of wholes
+    least = 0.0 if scale > 1 or "," in digits else 0.0999
+    return abs(known.value / scale - value) <= 0.500001 * step and least <= finer <= 1.000001
 
 
 def printed(cell) -> set[Shown]:
@@ -107,7 +113,7 @@ def printed(cell) -> set[Shown]:
             text = PRINTED.sub(lambda m: "" if m["digits"] in typed else m[0], text)
         found |= shown(text)
     if not HIDDEN & set(cell.metadata.get("tags", [])):
-        found |= {Shown(float(number), 1.0, "", "") for number in inputs(ast.parse(cell.source))}
+        found |= {Shown(float(number), 1.0, "", "", "") for number in inputs(ast.parse(cell.source))}
     return found
 
 
@@ -162,6 +168,8 @@ def calculation(text: str) -> tuple[float, str] | None:
     for start in re.finditer(r"(?<![\w.])[\d(]", text):
         tail = text[start.start() :].strip()
         if re.fullmatch(r"[\d.\s()*/+-]+", tail) and re.search(r"[*/+-]", tail):
+            if re.search(r"\*\*\d{4}|\*\*.*\*\*", tail):  # would not end
+                return None
             try:
                 return float(eval(tail)), tail
             except (SyntaxError, TypeError, ArithmeticError):
@@ -178,10 +186,11 @@ def worked_out(paragraph: str) -> set[Shown]:
         made, result = calculation(left), NUMBER.match(right.lstrip())
         if made is None or result is None:
             continue
-        unit = result["unit"] or ""
+        unit, units = result["unit"] or "", " ".join(re.findall(rf"\b(?:{UNIT})\b", left))
+        exact = 10.0 ** -len(result["places"] or "")
         for scale in (1.0, 0.01 if unit == "%" else UNITS.get(unit, 1.0)):
-            if same(result, Shown(made[0] / scale, 0.0, unit, "")):
-                found |= shown(made[1]) | shown(f"{result[0]} {unit}")
+            if same(result, Shown(made[0] / scale, exact, unit, "", "")):
+                found |= shown(f"{made[1]}; {units}") | shown(f"{result[0]} {unit}")
     return found
 
 
@@ -189,20 +198,29 @@ def unproven(cells) -> list[str]:
     """The results in a chapter's text that are in no output near them, and have no source."""
     parts, missing = sections(cells), []
     everything = set().union(*(numbers for _, _, numbers in parts))
+    numbered = {heading.partition(" ")[0]: numbers for heading, _, numbers in parts}
     for heading, texts, numbers in parts:
         here = everything if WHOLE_CHAPTER.search(heading) else numbers
-        for paragraph in re.split(r"\n\s*\n|\n(?=[-|>])", "\n\n".join(texts)):
+        for paragraph in PARAGRAPH.split(QUOTE.sub("", "\n\n".join(texts))):
             if OPENING.search(paragraph):
                 continue
             known = here | shown(CONSTANTS) | worked_out(paragraph)
             known = known.union(*(shown_in(*link) for link in CHAPTER.findall(paragraph)))
-            for sentence in SENTENCE.split(CHOICE.sub("", prose(paragraph))):
-                if CITED.search(sentence):
+            sentences = SENTENCE.split(CHOICE.sub("", prose(paragraph)))
+            for i, sentence in enumerate(sentences):
+                around = " ".join(sentences[max(i - 1, 0) : i + 2])
+                if CITED.search(around if PAPER.search(sentence) else sentence):
                     continue
+                named = {n for name in SECTION.findall(sentence) for n in numbered.get(name, ())}
                 words = re.sub(r"\]\([^)]*\)", "]", QUOTED.sub("", sentence))
+                before = None  # the first number of a range has the second beside it
                 for match in NUMBER.finditer(words):
                     told = match["digits"] + " " * bool(match["unit"]) + (match["unit"] or "")
-                    if RESULT.search(told) and not any(same(match, k) for k in known):
+                    lines = {k.line for k in known | named if same(match, k)}
+                    if before and re.fullmatch(rf"\s?(?:%|{UNIT})? to ", words[before[0] : match.start()]):
+                        lines &= before[1]
+                    before = match.end(), lines
+                    if RESULT.search(told) and not lines:
                         missing.append(f"{told!r} in {sentence[:120]!r}")
     return missing
 

@@ -233,11 +233,22 @@ BOUNDS = {
 }
 
 
+def normal_weight(seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """The same (1024, 1024) on every device: a GPU's own generator draws others."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1024, 1024, generator=generator).to(device)
+
+
 def assert_error_in_bounds(
-    blocksize: int, codebook="nf4", seed: int = 0, double=False, of: int | None = None
+    blocksize: int,
+    codebook="nf4",
+    seed: int = 0,
+    double=False,
+    of: int | None = None,
+    device: str = "cpu",
 ) -> None:
     """Both mean errors within seven standard deviations of bitsandbytes', on either side."""
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(seed))
+    weight = normal_weight(seed, device)
     error = (dequantize_4bit(quantize_4bit(weight, blocksize, codebook, double)) - weight).abs()
     relative = (error / (weight.abs() + 1e-8)).mean()
     mean, deviation, relative_mean, relative_deviation = BOUNDS[of or blocksize]
@@ -246,18 +257,18 @@ def assert_error_in_bounds(
 
 
 @pytest.mark.parametrize("blocksize", BOUNDS)
-def test_the_error_is_bitsandbytes(blocksize):
+def test_the_error_is_bitsandbytes(blocksize, device):
     for seed in range(3):
-        assert_error_in_bounds(blocksize, seed=seed)
+        assert_error_in_bounds(blocksize, seed=seed, device=device)
 
 
-def test_the_error_with_double_quantization_too():
-    assert_error_in_bounds(64, double=True)
+def test_the_error_with_double_quantization_too(device):
+    assert_error_in_bounds(64, double=True, device=device)
 
 
 @pytest.mark.parametrize("blocksize, expected", [(64, 0.096543), (4096, 0.129536)])
-def test_the_error_of_fp4(blocksize, expected):
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+def test_the_error_of_fp4(blocksize, expected, device):
+    weight = normal_weight(device=device)
     error = (dequantize_4bit(quantize_4bit(weight, blocksize, "fp4")) - weight).abs().mean()
     assert error.item() == pytest.approx(expected, rel=0.01)
 

@@ -384,22 +384,26 @@ def test_fifty_training_losses_equal_peft_on_bitsandbytes(base):
     assert_losses_agree(train(ours), their_losses(base))
 
 
-def test_adapters_trained_on_codes_move_to_peft_on_bitsandbytes_and_back(base, tmp_path):
+def assert_adapters_move(ours: nn.Module, peft: nn.Module, folder: Path) -> None:
+    """The comparison of the parity test: trained here, read there, written there, read here."""
     ids = batches(1)[0]
-    peft = reference(base)
-    ours = from_scratch(base, peft)
     train(ours, 3)
-    save_adapter(ours, tmp_path / "ours")
-    theirs = PeftModel.from_pretrained(peft.unload(), tmp_path / "ours").eval()
+    save_adapter(ours, folder / "ours")
+    theirs = PeftModel.from_pretrained(peft.unload(), folder / "ours").eval()
     with torch.no_grad():
         expected = theirs(ids).logits
         torch.testing.assert_close(ours.eval()(ids).logits, expected, atol=1e-5, rtol=1e-5)
-        theirs.save_pretrained(tmp_path / "theirs")
-        load_adapter(ours, tmp_path / "theirs", "again")
+        theirs.save_pretrained(folder / "theirs")
+        load_adapter(ours, folder / "theirs", "again")
         assert all(p.requires_grad for p in lora_parameters(ours, "again"))
         torch.testing.assert_close(ours(ids).logits, expected, atol=1e-5, rtol=1e-5)
         set_adapter(ours, None)
         assert not torch.allclose(ours(ids).logits, expected, atol=1e-3)
+
+
+def test_adapters_trained_on_codes_move_to_peft_on_bitsandbytes_and_back(base, tmp_path):
+    peft = reference(base)
+    assert_adapters_move(from_scratch(base, peft), peft, tmp_path)
 
 
 # --- bitsandbytes' silent CPU faults, at the level of one layer ------------------------------

@@ -93,6 +93,15 @@ def test_an_adapter_that_cannot_be_is_refused(base, arguments, says):
     assert before == [name for name, _ in model.named_modules()]
 
 
+def test_a_narrow_layer_does_not_limit_the_rank():
+    """Qwen2-MoE has a gate of width 1, and PEFT puts a rank of 16 on it as on the others."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 1))
+    training.check_adapter(model, 16, 16)
+    training.check_adapter(model, 64, 16)
+    with pytest.raises(InputError, match="rank 65 is not possible; give .* from 1 to 64"):
+        training.check_adapter(model, 65, 16)
+
+
 def test_a_second_adapter_and_a_loaded_are_refused(base):
     loaded = load_model(base)
     with pytest.raises(InputError, match="of type Loaded .* its .model"):

@@ -1,12 +1,23 @@
-"""The parity of test_lora and test_qlora, repeated on CUDA."""
+"""The parity of test_lora and test_qlora, repeated on CUDA.
+
+Tests that need nothing but another `device` are imported as they are.
+"""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_lora import assert_layers_agree, pair
+from test_lora import (  # noqa: F401 - the tests among them are collected here once more
+    assert_layers_agree,
+    pair,
+    test_merge_and_unmerge_keep_the_answers,
+    test_merge_equals_pefts_merge,
+    test_peft_reads_what_we_write,
+    test_we_read_what_peft_writes,
+)
 from test_qlora import (
     ALPHA,
     R,
+    assert_adapters_move,
     assert_gradients_agree,
     assert_losses_agree,
     embedded_base,
@@ -28,8 +39,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def _float32_means_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _float32_means_float32():
+    matmul = torch.backends.cuda.matmul  # monkeypatch fails to undo an attribute as this one is
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    yield
+    matmul.allow_tf32 = before
 
 
 def reference(compute: torch.dtype) -> nn.Module:
@@ -85,6 +99,12 @@ def test_float32_gradients_and_losses_equal_peft_on_bitsandbytes(monkeypatch):
     assert_gradients_agree(gradients(ours), gradients(theirs))
     theirs = reference(torch.float32)
     assert_losses_agree(train(from_scratch(theirs, torch.float32)), train(theirs))
+
+
+def test_adapters_trained_on_codes_move_to_peft_on_bitsandbytes_and_back(monkeypatch, tmp_path):
+    batches_on_gpu(monkeypatch)
+    theirs = reference(torch.float32)
+    assert_adapters_move(from_scratch(theirs, torch.float32), theirs, tmp_path)
 
 
 def test_bfloat16_losses_follow_peft_on_bitsandbytes(monkeypatch):

@@ -4,12 +4,19 @@ bitsandbytes' CUDA kernels differ from its CPU path in two ways that no test can
 compiled with fast arithmetic, so that 1/absmax may be off in its last bit and a weight at a border
 between two codes may take the other one; and a block of zeros has bytes of its own (0/0). So codes
 are compared with every difference shown to be a near tie, on blocks that are not zero.
+
+Tests that need nothing but another `device` are imported as they are.
 """
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from quant_parity import DTYPES, at_magnitude, bits, on_the_borders
+from test_proof_quant import (  # noqa: F401 - collected here once more
+    test_the_error_is_bitsandbytes,
+    test_the_error_of_fp4,
+    test_the_error_with_double_quantization_too,
+)
 
 from qlora_lab.blockwise import (
     BLOCKSIZES,
