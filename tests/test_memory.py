@@ -93,7 +93,7 @@ def test_conv1d_is_quantized_and_adapted_as_a_linear_layer(checkpoints):
     assert ledger(CONFIGS["gpt2"], batch=0)["adapters"].note.endswith(f"{len(adapted)} layers")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "bloom", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "bloom", "gpt2", "falcon", "qwen2-moe"])
 def test_kbit_prep_casts_what_is_not_4_bit(checkpoints, name):
     from peft import prepare_model_for_kbit_training
 

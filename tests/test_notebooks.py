@@ -230,12 +230,18 @@ def is_not_built_like_a_chapter(notebook):
 
 
 def spoils_a_prediction(notebook):
-    """Between a prediction and its folded answer no output may stand open on the web page."""
-    problems, asked = [], False
+    """Where a prediction waits for its answer, no output may stand open on the web page.
+
+    That is between the two, and, where the folded answer follows at once, in the cells below it.
+    """
+    problems, asked = [], ""
+    marks = re.compile(r"\*\*Predict|</details>\Z|<details>|^#{2,3} ", re.MULTILINE)
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            for found in re.finditer(r"\*\*Predict|<details>|^#{2,3} ", cell.source, re.MULTILINE):
-                asked = found[0] == "**Predict"
+            found = [match[0] for match in marks.finditer(cell.source)]
+            below = found[-3:] == ["**Predict", "<details>", "</details>"]
+            if found or asked == "below":
+                asked = "below" if below else "between" if found[-1:] == ["**Predict"] else ""
         elif asked and cell.outputs and "hide-output" not in cell.metadata.get("tags", []):
             problems.append(f"cell {index}: answers a prediction, and is not tagged hide-output")
     return problems
@@ -411,6 +417,10 @@ FAULTS = {
     "open output below a prediction": (
         spoils_a_prediction,
         lambda n: n.cells[4].update(source="**Predict.** What?"),
+    ),
+    "open output below the folded answer": (
+        spoils_a_prediction,
+        lambda n: n.cells[4].update(source=ANSWER.strip()),
     ),
     "machine metadata": (is_not_clean, lambda n: n.metadata.language_info.update(version="3.11.7")),
 }

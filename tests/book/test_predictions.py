@@ -1,4 +1,4 @@
-"""What a cell shows after a prediction stays folded, and one click unfolds it."""
+"""What a cell shows where a prediction waits for its answer stays folded until one click."""
 
 from __future__ import annotations
 
@@ -15,49 +15,57 @@ def opened(page) -> list[bool]:
     return page.eval_on_selector_all(FOLDS, "folds => folds.map(fold => fold.open)")
 
 
-def folded_cells(path) -> int:
-    return sum("hide-output" in cell.metadata.get("tags", []) for cell in read(path).cells)
+def wait_for(page, how_many: int) -> None:
+    page.wait_for_function(f"document.querySelectorAll('{FOLDS}[open]').length >= {how_many}")
 
 
 @pytest.mark.parametrize(("path", "name"), zip(chapters(), NAMES, strict=True), ids=NAMES)
 def test_each_tagged_output_is_folded(path, name, reading):
+    tagged = [c for c in read(path).cells if "hide-output" in c.metadata.get("tags", [])]
     with reading() as reader:
         reader.open(name)
-        assert opened(reader.page) == [False] * folded_cells(path)
+        assert opened(reader.page) == [False] * len(tagged)
 
 
 def test_one_output_opens_the_others_of_its_prediction_and_no_more(reading):
+    """Chapter 4 ends with a prediction that two outputs decide."""
     with reading() as reader:
         reader.open(PAGE)
-        page = reader.page
-        assert folded_cells(ROOT / PAGE.replace(".html", ".ipynb")) == 3  # of two predictions
-        page.locator(FOLDS).nth(1).locator("summary").click()
-        page.wait_for_function(f"document.querySelectorAll('{FOLDS}[open]').length == 2")
-        assert opened(page) == [False, True, True]
-        assert page.locator(FOLDS).nth(2).locator("pre").first.is_visible()
+        page, closed = reader.page, opened(reader.page)
+        page.locator(FOLDS).nth(-2).locator("summary").click()
+        wait_for(page, 2)
+        assert opened(page) == [*closed[:-2], True, True]
+        assert page.locator(FOLDS).last.locator("pre").first.is_visible()
 
 
-def test_an_answer_opens_what_it_speaks_of(reading):
+@pytest.mark.parametrize("side", ["below", "above"])
+def test_an_answer_opens_what_it_speaks_of(side, reading):
     with reading() as reader:
         reader.open(PAGE)
-        page = reader.page
-        follows = f"{FOLDS} >> nth=0 >> xpath=following::details[1]"
-        page.locator(follows).locator("summary").click()
-        page.wait_for_function(f"document.querySelectorAll('{FOLDS}[open]').length == 1")
-        assert opened(page) == [True, False, False]
+        page, closed = reader.page, opened(reader.page)
+        if side == "below":  # the last prediction's answer stands below its outputs
+            box, expected = "following::details[1]", [*closed[:-2], True, True]
+            fold = page.locator(FOLDS).last
+        else:  # the first one's stands above its output
+            box, expected = "preceding::details[1]", [True, *closed[1:]]
+            fold = page.locator(FOLDS).first
+        fold.locator(f"xpath={box}").locator("summary").first.click()
+        wait_for(page, sum(expected))
+        assert opened(page) == expected
 
 
 def test_a_button_opens_all(reading):
     with reading() as reader:
         reader.open(PAGE)
         page = reader.page
-        page.get_by_role("button", name="Open every prediction").click()
-        page.wait_for_function(f"document.querySelectorAll('{FOLDS}[open]').length == 3")
-        assert page.get_by_role("button", name="Open every prediction").count() == 0
+        button = page.get_by_role("button", name="Open every prediction")
+        button.click()
+        wait_for(page, len(opened(page)))
+        assert button.count() == 0
 
 
 def test_paper_has_what_is_folded(reading):
     with reading() as reader:
         reader.open(PAGE)
         reader.page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert all(opened(reader.page))
+        assert opened(reader.page) and all(opened(reader.page))
