@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program; that of the process by default.
 
     Returns:
-        0 if every bar was kept, otherwise 1.
+        0 if every bar was kept, 1 if not, 2 if there is no device to measure.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.gpu and not torch.cuda.is_available():
         print("no CUDA device here: nothing measured", file=sys.stderr)
-        return 0
+        return 2
     device = "cuda" if options.gpu else "cpu"
     missed = 0
     for name in names:

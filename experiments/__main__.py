@@ -34,6 +34,7 @@ JOBS = (
     ("adapting", "where"),
     *(("merging", "--seeds", str(seed)) for seed in SEEDS),
     ("short",),
+    ("stretches",),
 )
 SUMMARIES = ("methods", "next")  # once more at the end: they collect over seeds
 ALONE = "one_command"  # its times count, so it runs when all else has ended

@@ -30,6 +30,7 @@ PRINTED = re.compile(
     r"(?<![\w.])(?P<digits>\d+(?:,\d{3})*(?:\.(?P<places>\d+))?)(?:e(?P<power>[+-]?\d+))?"
     rf"(?:\s?(?P<unit>%|(?:{UNIT})\b))?"
 )
+RANGE = re.compile(rf"\s?(?:%|{UNIT})? to ")
 HEADING = re.compile(r"^## (.*)$", re.MULTILINE)
 # The opening and these announce or repeat what stands anywhere in the chapter.
 WHOLE_CHAPTER = re.compile(r"^$|Summary|Your turn|What to do next|Further reading")
@@ -47,14 +48,11 @@ CONSTANTS = (
     "8 GB 24 GB 40 GB 48 GB 80 GB"
 )
 QUOTED = re.compile(r'"[^"]{,200}"')  # somebody else's words
-CHOICE = re.compile(
-    r"(^|\s)[-*]?\s*\(?[a-e]\)\s.*", re.DOTALL
-)  # an answer to choose may be a wrong one
+# An answer to choose may be a wrong one.
+CHOICE = re.compile(r"(^|\s)[-*]?\s*\(?[a-e]\)\s.*", re.DOTALL)
 OPENING = re.compile(r"run: about ")  # the opening's times are written and tested elsewhere
-
-
 HIDDEN = {"remove-cell", "remove-input", "hide-input"}
-MATHS = [
+MATHS = [  # how a formula is written, and how Python writes it
     (r"\\[td]?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)"),
     (r"\\cdot|\\times|[×·]", "*"),
     (r"\\approx", "≈"),
@@ -71,7 +69,7 @@ class Shown(NamedTuple):
     value: float
     step: float
     unit: str
-    heading: str  # the units that the output names elsewhere, as in the head of a column
+    heading: str  # the units that the output names without a number, as at the head of a column
     line: str  # where it stands: both ends of a range are in one line
 
 
@@ -82,11 +80,9 @@ def shown(text: str) -> set[Shown]:
     for line in text.splitlines():
         for match in PRINTED.finditer(line):
             power = 10.0 ** int(match["power"] or 0)
-            value, step = (
-                float(match["digits"].replace(",", "")),
-                10.0 ** -len(match["places"] or ""),
-            )
-            found.add(Shown(value * power, step * power, match["unit"] or "", heading, line))
+            value = float(match["digits"].replace(",", "")) * power
+            step = 10.0 ** -len(match["places"] or "") * power
+            found.add(Shown(value, step, match["unit"] or "", heading, line))
     return found
 
 
@@ -122,9 +118,7 @@ def printed(cell) -> set[Shown]:
             text = PRINTED.sub(lambda m: "" if m["digits"] in typed else m[0], text)
         found |= shown(text)
     if not HIDDEN & set(cell.metadata.get("tags", [])):
-        found |= {
-            Shown(float(number), 1.0, "", "", "") for number in inputs(ast.parse(cell.source))
-        }
+        found |= {Shown(float(n), 1.0, "", "", "") for n in inputs(ast.parse(cell.source))}
     return found
 
 
@@ -158,7 +152,7 @@ def slug(heading: str) -> str:
 
 @cache
 def shown_in(name: str, anchor: str) -> frozenset[Shown]:
-    """What a chapter prints, or the section of it that an anchor names."""
+    """What the section of a chapter prints that an anchor names."""
     parts = sections(read(ROOT / "notebooks" / name).cells)
     chosen = [numbers for heading, _, numbers in parts if slug(heading) == anchor]
     return frozenset().union(*chosen)
@@ -228,9 +222,7 @@ def unproven(cells) -> list[str]:
                 for match in NUMBER.finditer(words):
                     told = match["digits"] + " " * bool(match["unit"]) + (match["unit"] or "")
                     lines = {k.line for k in known | named if same(match, k)}
-                    if before and re.fullmatch(
-                        rf"\s?(?:%|{UNIT})? to ", words[before[0] : match.start()]
-                    ):
+                    if before and RANGE.fullmatch(words[before[0] : match.start()]):
                         lines &= before[1]
                     before = match.end(), lines
                     if RESULT.search(told) and not lines:
