@@ -35,11 +35,34 @@ def test_every_script_is_listed():
     assert here - {"__init__", "__main__"} == set(SCRIPTS)
 
 
+# 0.284, 82 %, 202,496; not what was "about" so.
+RESULT = re.compile(r"(?<!about )(?<![\w.,])(\d[\d,]*\.\d+|\d+,\d{3}|\d+(?= %))")
+NOT_TOLD = re.compile(r"```.*?```|`[^`]*`|\[[^]]*\]\([^)]*\)", re.DOTALL)
+
+
+def told(name: str) -> set[str]:
+    """The results that the appendix tells of one script, as they stand in its text."""
+    sections = PAGES[0].read_text("utf-8").split("\n## ")
+    (section,) = (s for s in sections if f"`experiments/faults/{name}.py` ·" in s)
+    did = section.partition("**What it did.**")[2].partition("**Cause.**")[0]
+    # A sentence marked A tells what another machine gave.
+    sentences = [s for s in re.split(r"(?<=\.)\s", did) if "{sup}`A`" not in s]
+    blocks = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    return set().union(*map(RESULT.findall, [NOT_TOLD.sub("", " ".join(sentences)), *blocks]))
+
+
+def is_shown(number: str, output: str) -> bool:
+    places, value = len(number.partition(".")[2]), float(number.replace(",", ""))
+    numbers = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", output)]
+    return any(abs(k * n - value) <= 0.51 * 10**-places for n in numbers for k in (1, 100))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_script_says_what_it_found(name, capsys):
     word = importlib.import_module(f"experiments.faults.{name}").main()
     shown = capsys.readouterr().out
+    assert [number for number in sorted(told(name)) if not is_shown(number, shown)] == []
     assert f"-> {word}: " in shown
     assert str(ROOT) not in shown
     if name in AVX512:
@@ -47,6 +70,12 @@ def test_a_script_says_what_it_found(name, capsys):
         assert word in ((PRESENT, ABSENT) if AVX512[name]() else (NOT_HERE,))
     else:
         assert word in (PRESENT, ABSENT)
+
+
+def test_the_results_told_are_looked_for():
+    assert told("footprint") == {"81,536", "202,496", "5.1", "12.6"}
+    assert {"0.284", "0.149"} <= told("row_scales") and "82" in told("repack_save")
+    assert is_shown("12.6", "left out (12.6% of the weights)") and not is_shown("12.6", "0.125")
 
 
 def test_a_script_runs_alone():

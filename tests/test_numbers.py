@@ -39,7 +39,7 @@ QUOTE = re.compile(r"^> ?", re.MULTILINE)
 PARAGRAPH = re.compile(r"\n\s*\n|\n(?=[-|])")
 PAPER = re.compile(r"\b([Pp]aper|[Tt]able|[Aa]ppendix)\b")  # goes on about what is cited beside it
 SECTION = re.compile(r"\b[Ss]ection (\d+)\b|\bfirst picture\b")  # the picture of the opening
-SENTENCE = re.compile(r"(?<=[.!?:;])\s+(?=[A-Z*])")
+SENTENCE = re.compile(r"(?<=[.!?:;])\s+(?=[A-Z*[])")
 CHAPTER = re.compile(r"\((?:\.\./notebooks/)?(\d\d_\w+\.ipynb)#([^)]+)\)")
 # What everybody can look up: 16-bit patterns, float16's largest number, bitsandbytes' bound, the
 # sizes of graphics cards and of the models with such names, and the usual level of an interval.
@@ -210,13 +210,13 @@ def unproven(cells) -> list[str]:
             if OPENING.search(paragraph):
                 continue
             known = here | shown(CONSTANTS) | worked_out(paragraph)
-            known = known.union(*(shown_in(*link) for link in CHAPTER.findall(paragraph)))
             sentences = SENTENCE.split(CHOICE.sub("", prose(paragraph)))
             for i, sentence in enumerate(sentences):
                 around = " ".join(sentences[max(i - 1, 0) : i + 2])
                 if CITED.search(around if PAPER.search(sentence) else sentence):
                     continue
                 named = {n for name in SECTION.findall(sentence) for n in numbered.get(name, ())}
+                named = named.union(*(shown_in(*link) for link in CHAPTER.findall(sentence)))
                 words = re.sub(r"\]\([^)]*\)", "]", QUOTED.sub("", sentence))
                 before = None  # the first number of a range has the second beside it
                 for match in NUMBER.finditer(words):
