@@ -300,3 +300,13 @@ def test_what_training_cannot_use_is_refused(plain, arguments, says):
     with pytest.raises(InputError, match=says) as caught:
         train(**given | arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_state_that_the_driver_pages_counts_too():
+    """bitsandbytes marks it; PyTorch, which did not allocate it, leaves it out of its peak."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter])
+    paged = torch.zeros(100)
+    paged.is_paged = True
+    optimizer.state[parameter] = {"state1": paged, "state2": torch.zeros(50), "step": 7}
+    assert training._paged_bytes(optimizer) == 400

@@ -4,6 +4,8 @@ The saved tensors are the CPU's but for a few bytes: the flash kernel also keeps
 random numbers, so those sums are compared to one part in a thousand.
 """
 
+import gc
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
@@ -67,6 +69,7 @@ def test_allocated_is_weights_and_constants(folder):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     model = load(folder)
+    gc.collect()
     allocated = torch.cuda.memory_allocated() - before
     book = ledger(CONFIG, batch=0)
     expected = book.footprint + book["quantization constants"].bytes
