@@ -45,7 +45,7 @@ CHAPTER = re.compile(r"\((?:\.\./notebooks/)?(\d\d_\w+\.ipynb)#([^)]+)\)")
 # sizes of graphics cards and of the models with such names, and the usual level of an interval.
 CONSTANTS = (
     "1 kB 1 MB 1 GB 1 GiB 65,536 65,504 100,000 7 billion 65 billion 95 % "
-    "8 GB 24 GB 40 GB 48 GB 80 GB"
+    "8 GB 24 GB 40 GB 48 GB 80 GB 24 GiB 48 GiB"
 )
 QUOTED = re.compile(r'"[^"]{,200}"')  # somebody else's words
 # An answer to choose may be a wrong one.
