@@ -6,6 +6,7 @@ Whether the chapters' own solutions solve is shown where the chapters run: `make
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -40,7 +41,10 @@ ANSWERED = ANSWER.format(code=BLOCK)
 def chapter(exercise=EXERCISE, answer=ANSWERED):
     v4 = nbformat.v4
     said = v4.new_output("stream", text="not yet\n")
-    cells = [v4.new_code_cell(exercise, outputs=[said]), v4.new_markdown_cell(answer)]
+    cells = [
+        v4.new_code_cell(exercise, outputs=[said], execution_count=2),
+        v4.new_markdown_cell(answer),
+    ]
     return v4.new_notebook(cells=[v4.new_code_cell("x = 1"), *cells, v4.new_markdown_cell("End")])
 
 
@@ -145,15 +149,24 @@ def test_a_pair_that_does_not_fit_is_named_with_its_chapter(tmp_path, monkeypatc
     assert "07_seven: the solution" in capsys.readouterr().out
 
 
-def test_the_other_processor_gets_the_solved_chapters(tmp_path, monkeypatch):
-    write(tmp_path / "01_one.ipynb", chapter())
-    monkeypatch.setattr(check, "slowest_first", lambda: [tmp_path / "01_one.ipynb"])
-    ran = []
+def test_the_other_processor_runs_the_solved_chapters(tmp_path, monkeypatch):
+    paths = [tmp_path / "02_two.ipynb", tmp_path / "01_one.ipynb"]
+    for path in paths:
+        write(path, chapter())
+    monkeypatch.setattr(check, "slowest_first", lambda: paths)
+    commands = []
 
-    def notebooks(extra, paths):
-        ran.extend(read(path).cells[1].source for path in paths)
-        return extra == check.OTHER_CPU
+    def python(*arguments, env=None):
+        if "--nbval" in arguments:
+            copies = [Path(each) for each in arguments[-2:]]
+            commands.append((arguments, env, [read(path).cells[1].source for path in copies]))
+        return True
 
-    monkeypatch.setattr(check, "notebooks", notebooks)
+    monkeypatch.setattr(check, "python", python)
     assert check.other_cpu()
-    assert ran == [checked(solved(EXERCISE, ANSWERED))]
+    [(arguments, env, sources)] = commands
+    assert sources == 2 * [checked(solved(EXERCISE, ANSWERED))]
+    assert [Path(each).name for each in arguments[-2:]] == [path.name for path in paths]
+    # With another root the cells of all copies would have the same names.
+    assert arguments[arguments.index("--rootdir") + 1] == str(Path(arguments[-1]).parent)
+    assert env["FAST"] == "quiet"

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from tools import book, solutions
@@ -66,25 +66,27 @@ def slowest_first() -> list[Path]:
     return sorted(chapters(), key=lambda path: -times.get(path.stem, {}).get("seconds", 0))
 
 
-def notebooks(extra: dict[str, str] | None = None, paths: Iterable[Path] | None = None) -> bool:
+def notebooks(extra: dict[str, str] | None = None, copies: list[Path] | None = None) -> bool:
     """Run every cell of every chapter and compare with what is stored.
 
     Args:
         extra: Environment variables of the kernels.
-        paths: Other notebooks in place of the chapters.
+        copies: Notebooks of one folder to run in place of the chapters.
     """
     # A first import of matplotlib may say on stderr that it builds its font cache; do it here.
     python("-c", "import matplotlib.font_manager")
     with tempfile.TemporaryDirectory() as folder:
         env = kernel_environment(Path(folder)) | ONE_THREAD | (extra or {})
         return python(
-            # The configuration by name: copies of chapters lie where pytest would not find it.
-            *("-m", "pytest", "-c", "pyproject.toml", "-q", "--nbval", "--nbval-current-env"),
+            *("-m", "pytest", "-q", "--nbval", "--nbval-current-env"),
+            # Said by name, because copies lie elsewhere. Cells are called by their chapter's path
+            # below the root; without it those of all chapters would have the same names.
+            *("-c", "pyproject.toml", "--rootdir", str(copies[0].parent if copies else ROOT)),
             *("--nbval-sanitize-with", "tests/nbval_sanitize.cfg"),
             *("--nbval-cell-timeout", "900", "--durations", "5"),
             # loadscope: the cells of one chapter stay together and in order.
             *("-n", str(WORKERS), "--dist", "loadscope"),
-            *map(str, paths or slowest_first()),
+            *map(str, copies or slowest_first()),
             env=env,
         )
 
