@@ -170,3 +170,14 @@ def test_the_other_processor_runs_the_solved_chapters(tmp_path, monkeypatch):
     # With another root the cells of all copies would have the same names.
     assert arguments[arguments.index("--rootdir") + 1] == str(Path(arguments[-1]).parent)
     assert env["FAST"] == "quiet"
+
+
+def test_chapter_0_trains_on_the_other_processor_too(tmp_path):
+    first = chapters()[0]
+    (copy,) = solved_copies([first], tmp_path)
+    check.trains(copy)
+    cells = [
+        [c.source for c in read(path).cells if c.cell_type == "code"] for path in (first, copy)
+    ]
+    assert cells[1][0].startswith(cells[0][0]) and "os.environ.pop('FAST'" in cells[1][0]
+    assert cells[1][1:] == cells[0][1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -132,6 +133,20 @@ def test_every_module_shows_its_public_names(html):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 if not node.name.startswith("_") and ast.get_docstring(node):
                     assert f'id="qlora_lab.{path.stem}.{node.name}"' in page, node.name
+
+
+def test_every_figure_is_on_the_page_of_its_family(html):
+    """`plots` is a folder: its functions are in the modules below it."""
+    import ast
+
+    page = (html / "book" / "api" / "plots.html").read_text(encoding="utf-8")
+    found = 0
+    for path in sorted((ROOT / "qlora_lab" / "plots").glob("[!_]*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found += 1
+                assert re.search(rf'id="qlora_lab\.plots\.(\w+\.)?{node.name}"', page), node.name
+    assert found > 15
 
 
 def test_the_api_page_leads_to_every_module(pages, html):
