@@ -114,7 +114,8 @@ def trains(path: Path) -> None:
         path: The copy, which is changed.
     """
     notebook = read(path)
-    bootstrap_cell.first_code_cell(notebook).source += "\nimport os\n\nos.environ.pop('FAST', None)"
+    first = bootstrap_cell.first_code_cell(notebook)
+    first.source = "import os\n\nos.environ.pop('FAST', None)\n" + first.source
     write(path, notebook)
 
 
